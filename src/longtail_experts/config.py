@@ -1,0 +1,221 @@
+"""Every knob of the project: one frozen, validated model, read from YAML and overrides.
+
+The same flat names serve YAML files, `-P name=value`, `--name value` and MLflow params. Lists
+are written `96,192,224`; off is `none`.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+LOSS_NAMES = ("ce", "logit_adjust", "balanced_softmax")
+
+
+class ConfigError(ValueError):
+    """A field, its value and what to do about it, in one line."""
+
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Config(BaseModel):
+    """What decides a run. Fields are described where `--help` shows them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    loss: Literal["ce", "logit_adjust", "balanced_softmax", "all"] = Field(
+        "ce", description="what the expert is trained under; all: the three, one after another"
+    )
+    tau: float = Field(1.0, ge=0, le=10, description="strength of logit_adjust (0 is ce)")
+    source: Literal["cifar100", "images", "synthetic"] = Field(
+        "cifar100",
+        description="where images come from: CIFAR-100 (official files, parquet or download), "
+        "a folder train/<class>/*, test/<class>/*, or generated ones for demos",
+    )
+    data_dir: str | None = Field(
+        "data", description="folder with the images (cifar100 is downloaded there if it is empty)"
+    )
+    imbalance_factor: float = Field(
+        100.0, ge=1, le=1e6, description="largest class / smallest class of the training pool"
+    )
+    imbalance_profile: Literal["exp", "step", "natural"] = Field(
+        "exp",
+        description="how counts fall with the class: exponentially, in one step, or as the "
+        "images come (natural ignores imbalance_factor)",
+    )
+    images_per_class: Count | None = Field(
+        None,
+        description="pool images of the largest class; none: 500, or a folder's largest class "
+        "(synthetic: also how many are generated)",
+    )
+    split_seed: Seed = Field(42, description="decides which image falls in which split")
+    seed: Seed = Field(0, description="expert_seed is derived from it and the loss")
+    expert_seed: Seed | None = Field(
+        None, description="weights, order and augmentation; none: derived from seed and loss"
+    )
+    shortcut: Literal["projection", "pad"] = Field(
+        "projection",
+        description="ResNet shortcut: 1x1 convolution (472,756 parameters), or none (470,004)",
+    )
+    epochs: Count = Field(256, description="passes over the train split")
+    batch_size: Count = Field(128, description="images a step; the last one of an epoch is short")
+    lr: float = Field(0.4, gt=0, le=100, description="learning rate after warm-up")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(1e-4, ge=0, le=1, description="L2 penalty on all parameters")
+    milestones: tuple[int, ...] = Field(
+        (96, 192, 224), description="epochs at which the learning rate is multiplied by lr_decay"
+    )
+    lr_decay: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
+    warmup_steps: int = Field(
+        68, ge=0, le=10**9, description="steps of linear warm-up (68: one epoch of the full recipe)"
+    )
+    validation_every: Count = Field(10, description="epochs between validations on val_lt")
+    early_stopping_patience: Count | None = Field(
+        None,
+        description="validations without a better balanced accuracy before stopping, counted "
+        "after the last milestone; none: never",
+    )
+    checkpoint_every: Count = Field(10, description="epochs between copies of last.pt")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="of the training's forward and backward pass; auto: bf16 on a GPU and on "
+        "processors with bf16 instructions. Exported logits are always fp32",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_values(cls, values: Any) -> Any:
+        for name, value in values.items():
+            if isinstance(value, bool):
+                raise ConfigError(f"{name}={str(value).lower()}: not a yes/no field")
+        return {name: None if value == "none" else value for name, value in values.items()}
+
+    @field_validator("milestones", mode="before")
+    @classmethod
+    def _split_list(cls, value: Any) -> Any:
+        if value is None or value == "":
+            return ()
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(","))
+        return (value,) if isinstance(value, int) else value
+
+    @field_validator("milestones")
+    @classmethod
+    def _increasing(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(later <= earlier for earlier, later in zip((0, *value), value, strict=False)):
+            raise ValueError("must be positive epochs in increasing order, as in 96,192,224")
+        return value
+
+    @model_validator(mode="after")
+    def _one_seed_one_expert(self) -> "Config":
+        if self.loss == "all" and self.expert_seed is not None:
+            raise ConfigError(
+                f"expert_seed={self.expert_seed}: with loss=all each expert has its own; "
+                "give seed, from which they are derived"
+            )
+        return self
+
+    def replace(self, **changes: Any) -> "Config":
+        """A validated copy with some fields changed."""
+        return make_config(self.model_dump() | changes)
+
+    def as_text(self) -> dict[str, str]:
+        """Every field as MLflow params, flags and YAML write it."""
+        return {name: to_text(value) for name, value in self.model_dump().items()}
+
+    def to_yaml(self) -> str:
+        values = self.model_dump()
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+
+
+def to_text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    if isinstance(value, float) and value == int(value):
+        return str(int(value)) if abs(value) < 1e15 else repr(value)
+    return str(value)
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; one of: {', '.join(valid)}"
+
+
+def shorten(value: Any, limit: int = 60) -> str:
+    """One printable line for an error message, whatever was given."""
+    text = "".join(c if c.isprintable() else "?" for c in str(value))
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def make_config(values: Mapping[str, Any]) -> Config:
+    """A Config of these values, or a ConfigError about the first field that is wrong."""
+    for name in values:
+        if name not in Config.model_fields:
+            raise ConfigError(
+                f"unknown field {shorten(name)!r}{nearest(str(name), list(Config.model_fields))}"
+            )
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, values)) from None
+
+
+def _one_line(error: ValidationError, values: Mapping[str, Any]) -> str:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    name = str(first["loc"][0])
+    says = str(cause) if cause else first["msg"].removeprefix("Input ")
+    says = says[0].lower() + says[1:]
+    given = values[name]
+    if first["type"] == "literal_error":
+        says += nearest(str(given), list(get_args(Config.model_fields[name].annotation)))
+    given = to_text(tuple(given)) if isinstance(given, list | tuple) else given
+    return f"{name}={shorten(given)}: {says} ({Config.model_fields[name].description})"
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a config given by path or by bare name.
+
+    A bare name is looked up in ./configs, then in the copy that came with the package.
+    """
+    package = Path(__file__).resolve().parent
+    folders = (Path("configs"), package / "configs", package.parents[1] / "configs")
+    candidates = [Path(name)] if name.endswith((".yaml", ".yml")) or "/" in name else []
+    candidates += [folder / f"{name}.yaml" for folder in folders]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise ConfigError(f"config={shorten(name)}: no such file{nearest(name, known)}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"config={path}: cannot be read: {shorten(error, 200)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config={path}: must hold `field: value` lines")
+    return values
+
+
+def load_config(name: str, overrides: Mapping[str, Any]) -> Config:
+    """The recipe `name` with some fields overridden; raises ConfigError."""
+    path = find_recipe(name)
+    try:
+        recipe = make_config(read_recipe(path))
+    except ConfigError as error:
+        prefix = f"config={path}: "
+        raise ConfigError(f"{prefix}{str(error).removeprefix(prefix)}") from None
+    return make_config(recipe.model_dump() | dict(overrides))

@@ -1,0 +1,1 @@
+"""Images, and which split each falls in. Imports nothing of ours outside this folder."""

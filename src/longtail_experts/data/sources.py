@@ -1,0 +1,445 @@
+"""Image sources: each becomes uint8 arrays, labels, class names and a fingerprint.
+
+    cifar100    official files (md5-checked by torchvision, or downloaded by it), or parquet
+    images      a folder train/<class>/*, test/<class>/* of images, resized to 32x32
+    synthetic   generated from a seed, for demos and tests; says nothing about real images
+
+Decoded images are cached, keyed by the sha256 of the source files; an entry whose content does
+not have the fingerprint it was stored with is rebuilt.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+SIZE = 32
+CIFAR100_CLASSES = 100
+CIFAR100_LARGEST = 500
+MAX_PIXELS = 50_000_000  # of one image of a folder, before it is decoded
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+class DataError(ValueError):
+    """What is wrong with the images, and where, in one line."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A whole source in memory. Labels are class indices; images are RGB."""
+
+    train_images: np.ndarray  # uint8 [N, 32, 32, 3]
+    train_labels: np.ndarray  # int64 [N]
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+    source: str
+    fingerprint: str
+    index_space: str  # "torchvision", or the fingerprint where the order is the files' own
+    largest_class: int  # pool images of the largest class unless the config says otherwise
+
+
+def load_images(
+    source: str,
+    data_dir: str | None,
+    *,
+    seed: int = 0,
+    images_per_class: int | None = None,
+    download: bool = True,
+) -> ImageData:
+    """The images of a source; raises DataError before anything is written.
+
+    `seed` and `images_per_class` shape the synthetic source alone; `download` allows cifar100
+    to be fetched into a data_dir that holds none of it.
+    """
+    if source == "synthetic":
+        return synthetic_images(seed, images_per_class or CIFAR100_LARGEST)
+    if data_dir is None:
+        raise DataError(f"data_dir=none: source={source} needs a folder")
+    folder = Path(data_dir)
+    if source == "images":
+        return folder_images(folder)
+    return cifar100_images(folder, download)
+
+
+# --- CIFAR-100 --------------------------------------------------------------------------------
+
+
+def cifar100_images(folder: Path, download: bool = True) -> ImageData:
+    if parquet_files(folder):
+        return _cifar100_parquet(folder)
+    if not official_files_present(folder) and not download:
+        raise DataError(f"data_dir={folder}: {_WHAT_CIFAR100_LOOKS_LIKE}")
+    return _cifar100_official(folder)
+
+
+_WHAT_CIFAR100_LOOKS_LIKE = (
+    "no CIFAR-100 there; expected cifar-100-python/ (or its .tar.gz) or train*.parquet and "
+    "test*.parquet with columns img and fine_label"
+)
+
+
+def official_files_present(folder: Path) -> bool:
+    names = ("cifar-100-python", "cifar-100-python.tar.gz")
+    return any((folder / name).exists() for name in names)
+
+
+def cifar100_on_disk(folder: Path) -> bool:
+    return official_files_present(folder) or bool(parquet_files(folder))
+
+
+def cifar100_can_be_downloaded(seconds: float = 5.0) -> bool:
+    """Whether torchvision's download address answers within `seconds` in all."""
+    if os.environ.get("LONGTAIL_OFFLINE") == "1":
+        return False
+    reached = threading.Event()
+
+    def probe() -> None:
+        from torchvision.datasets import CIFAR100
+
+        try:
+            request = urllib.request.Request(CIFAR100.url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=seconds) as answer:
+                if answer.status == 200:
+                    reached.set()
+        except (OSError, ValueError):
+            pass
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return reached.is_set()
+
+
+def _cifar100_official(folder: Path) -> ImageData:
+    from torchvision.datasets import CIFAR100
+
+    archive, extracted = folder / "cifar-100-python.tar.gz", folder / "cifar-100-python"
+    needs_unpacking = not extracted.exists()  # torchvision's download=True also only unpacks
+    try:
+        if needs_unpacking and not archive.exists():
+            log.warning("downloading CIFAR-100 into %s (169 MB)", folder)
+        halves = [CIFAR100(folder, train, download=needs_unpacking) for train in (True, False)]
+    except (OSError, RuntimeError, EOFError) as error:  # md5 mismatch, no network, bad archive
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"data_dir={folder}: CIFAR-100 is missing, damaged or cannot be downloaded ({reason});"
+            f" {_WHAT_CIFAR100_LOOKS_LIKE}"
+        ) from None
+    train, test = halves
+    return _image_data(
+        train.data,
+        train.targets,
+        test.data,
+        test.targets,
+        tuple(train.classes),
+        source="cifar100",
+        index_space="torchvision",
+        largest_class=CIFAR100_LARGEST,
+    )
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
+
+
+def _cifar100_parquet(folder: Path) -> ImageData:
+    files = parquet_files(folder)
+    halves = {
+        half: [path for path in files if path.name.startswith(half)] for half in ("train", "test")
+    }
+    for half, paths in halves.items():
+        if not paths:
+            raise DataError(f"data_dir={folder}: no {half}*.parquet beside {files[0].name}")
+
+    def decode() -> ImageData:
+        (train_images, train_labels, names), (test_images, test_labels, _) = (
+            _read_parquet(paths) for paths in halves.values()
+        )
+        return _image_data(
+            train_images,
+            train_labels,
+            test_images,
+            test_labels,
+            names,
+            source="cifar100",
+            index_space=None,
+            largest_class=CIFAR100_LARGEST,
+        )
+
+    return _cached(_sha256_of_files(halves["train"] + halves["test"]), decode)
+
+
+def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    images, labels, names = [], [], None
+    for path in paths:
+        try:
+            table = pyarrow.parquet.read_table(path, columns=["img", "fine_label"])
+            column, fine = table["img"], table["fine_label"].to_pylist()
+            encoded = [cell["bytes"] for cell in column.to_pylist()]
+        except (pyarrow.ArrowException, OSError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path}: not a parquet file of CIFAR-100 ({reason})") from None
+        for row, label in enumerate(fine):
+            if not isinstance(label, int) or not 0 <= label < CIFAR100_CLASSES:
+                raise DataError(f"{path}: row {row}: fine_label={label} is not in 0..99")
+        labels += fine
+        names = names or _names_in_schema(table.schema.metadata)
+        for row, data in enumerate(_progress(encoded, f"decoding {path.name}")):
+            image = _decode(BytesIO(data or b""), f"{path}: row {row}", exactly=SIZE)
+            images.append(image)
+    names = names or tuple(f"class {c}" for c in range(CIFAR100_CLASSES))
+    if not images:
+        raise DataError(f"{paths[0]}: holds no image")
+    return np.stack(images), np.array(labels, dtype=np.int64), names
+
+
+def _names_in_schema(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
+    try:
+        info = json.loads((metadata or {})[b"huggingface"])
+        names = info["info"]["features"]["fine_label"]["names"]
+        return tuple(map(str, names)) if len(names) == CIFAR100_CLASSES else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+# --- a folder of images -----------------------------------------------------------------------
+
+
+def folder_images(folder: Path) -> ImageData:
+    """train/<class>/* and test/<class>/*, classes in alphabetical order of their folders."""
+    classes = {
+        half: sorted(p.name for p in (folder / half).iterdir() if p.is_dir())
+        if (folder / half).is_dir()
+        else []
+        for half in ("train", "test")
+    }
+    if len(classes["train"]) < 2:
+        raise DataError(f"data_dir={folder}: no train/<class>/ folders of at least two classes")
+    if classes["train"] != classes["test"]:
+        different = sorted(set(classes["train"]) ^ set(classes["test"]))
+        raise DataError(
+            f"data_dir={folder}: train/ and test/ must hold the same class folders; "
+            f"only in one of them: {', '.join(different[:5])}"
+        )
+    names = classes["train"]
+    files = {
+        half: [
+            (path, c)
+            for c, name in enumerate(names)
+            for path in sorted((folder / half / name).iterdir())
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        for half in ("train", "test")
+    }
+    for half, found in files.items():
+        for c, name in enumerate(names):
+            if not any(label == c for _, label in found):
+                raise DataError(f"data_dir={folder}: {half}/{name} holds no image")
+
+    def decode() -> ImageData:
+        arrays = {}
+        for half, found in files.items():
+            arrays[half] = np.stack(
+                [_decode(path, str(path)) for path, _ in _progress(found, f"decoding {half}/")]
+            )
+        labels = {half: [label for _, label in found] for half, found in files.items()}
+        return _image_data(
+            arrays["train"],
+            labels["train"],
+            arrays["test"],
+            labels["test"],
+            tuple(names),
+            source="images",
+            index_space=None,
+            largest_class=int(np.bincount(labels["train"]).max()),
+        )
+
+    in_order = [path for found in files.values() for path, _ in found]
+    return _cached(_sha256_of_files(in_order, relative_to=folder), decode)
+
+
+def _decode(file: BytesIO | Path, where: str, exactly: int | None = None) -> np.ndarray:
+    """uint8 [32, 32, 3] of an image file; resized unless it must have one size exactly."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            if exactly and (width, height) != (exactly, exactly):
+                raise DataError(f"{where}: image is {width}x{height}, not {exactly}x{exactly}")
+            if width * height > MAX_PIXELS:
+                raise DataError(f"{where}: image of {width}x{height} is too large")
+            image = image.convert("RGB")
+            if image.size != (SIZE, SIZE):
+                image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            return np.asarray(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: not a readable image ({type(error).__name__})") from None
+
+
+# --- synthetic images -------------------------------------------------------------------------
+
+
+def synthetic_images(seed: int, images_per_class: int, num_classes: int = 100) -> ImageData:
+    """Generated images: images_per_class to train, a fifth of that to test, of each class.
+
+    A class is a coarse pattern shared by five classes plus a fine one of its own. Each image is
+    shifted, dimmed, mixed with the fine pattern of another class and covered with noise, and
+    the fine pattern is fainter in some classes than in others (not by their frequency), so that
+    a network learns the coarse groups first, the fine ones gradually, and classes with few
+    examples worst. Integer arithmetic on a frozen random stream: the same bytes everywhere.
+    """
+    random = np.random.RandomState(seed)
+    coarse = _smooth_patterns(random, (num_classes + 4) // 5)
+    fine = _smooth_patterns(random, num_classes)
+    strength = random.permutation(num_classes) * 24 // num_classes + 24  # of 64: 24..47
+    num_test = max(2, images_per_class // 5)
+    halves = {"train": ([], []), "test": ([], [])}
+    for c in range(num_classes):
+        n = images_per_class + num_test
+        other = fine[random.randint(0, num_classes, n)].astype(np.int32)
+        mixed = 40 * coarse[c // 5].astype(np.int32) + strength[c] * fine[c] + 12 * other
+        dim = random.randint(40, 65, (n, 1, 1, 1))
+        shift = random.randint(-3, 4, (n, 2))
+        rows = (np.arange(SIZE) + shift[:, :1]) % SIZE
+        columns = (np.arange(SIZE) + shift[:, 1:]) % SIZE
+        moved = mixed[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        noise = random.randint(-40, 41, moved.shape)
+        pixels = np.clip(128 + moved * dim // 4096 + noise, 0, 255).astype(np.uint8)
+        for half, part in (("train", pixels[:images_per_class]), ("test", pixels[images_per_class:])):
+            halves[half][0].append(part)
+            halves[half][1].append(np.full(len(part), c))
+    (train_images, train_labels), (test_images, test_labels) = (
+        (np.concatenate(images), np.concatenate(labels)) for images, labels in halves.values()
+    )
+    return _image_data(
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        tuple(f"synthetic {c}" for c in range(num_classes)),
+        source="synthetic",
+        index_space=None,
+        largest_class=images_per_class,
+    )
+
+
+def _smooth_patterns(random: np.random.RandomState, num: int) -> np.ndarray:
+    """int16 [num, 32, 32, 3] in about -100..100: 4x4 random colours, bilinearly enlarged."""
+    grid = random.randint(-100, 101, (num, 4, 4, 3)).astype(np.int32)
+    position = np.arange(SIZE)
+    cell, part = position // 8, position % 8
+    across = grid[:, cell] * (8 - part)[:, None, None] + grid[:, (cell + 1) % 4] * part[:, None, None]
+    both = across[:, :, cell] * (8 - part)[:, None] + across[:, :, (cell + 1) % 4] * part[:, None]
+    return (both // 64).astype(np.int16)
+
+
+# --- shared -----------------------------------------------------------------------------------
+
+
+def _image_data(
+    train_images, train_labels, test_images, test_labels, class_names, *, index_space, **fields
+) -> ImageData:
+    arrays = (
+        np.ascontiguousarray(train_images, dtype=np.uint8),
+        np.asarray(train_labels, dtype=np.int64),
+        np.ascontiguousarray(test_images, dtype=np.uint8),
+        np.asarray(test_labels, dtype=np.int64),
+    )
+    fingerprint = _fingerprint(arrays, class_names)
+    return ImageData(
+        *arrays,
+        class_names=tuple(class_names),
+        fingerprint=fingerprint,
+        index_space=index_space or fingerprint,
+        **fields,
+    )
+
+
+def _fingerprint(arrays: Iterable[np.ndarray], class_names: Iterable[str]) -> str:
+    """sha256 over pixels, labels and class names, in order."""
+    digest = hashlib.sha256(json.dumps(list(class_names)).encode())
+    for array in arrays:
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _sha256_of_files(paths: list[Path], relative_to: Path | None = None) -> str:
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            if relative_to:
+                digest.update(str(path.relative_to(relative_to)).encode(errors="surrogateescape"))
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def _cached(key: str, decode: Callable[[], ImageData]) -> ImageData:
+    folder = Path(os.environ.get("LONGTAIL_CACHE_DIR", ".cache"))
+    entry = folder / f"{key}.npz"
+    images = _read_entry(entry)
+    if images is None:
+        images = decode()
+        try:
+            _write_entry(entry, images)
+        except OSError as error:
+            log.warning("decoded images are not cached in %s: %s", folder, error)
+    return images
+
+
+def _read_entry(entry: Path) -> ImageData | None:
+    if not entry.is_file():
+        return None
+    try:
+        with np.load(entry, allow_pickle=False) as stored:
+            arrays = tuple(stored[name] for name in ARRAYS)
+            meta = json.loads(str(stored["meta"]))
+        if _fingerprint(arrays, meta["class_names"]) == meta["fingerprint"]:
+            meta["class_names"] = tuple(meta["class_names"])
+            return ImageData(*arrays, **meta)
+    except Exception as error:  # whatever a damaged zip, array header or JSON can raise
+        log.debug("%s: %s", entry, error)
+    log.warning("%s is damaged and will be rebuilt", entry)
+    return None
+
+
+def _write_entry(entry: Path, images: ImageData) -> None:
+    meta = {k: v for k, v in vars(images).items() if k not in ARRAYS}
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
+        try:
+            arrays = {name: getattr(images, name) for name in ARRAYS}
+            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+            file.close()
+            os.replace(file.name, entry)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _progress(items: list, what: str) -> Iterable:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, unit="image", leave=False, disable=len(items) < 2000)

@@ -1,0 +1,212 @@
+"""The six splits and the balanced remainder: which image serves what.
+
+A pure function of the labels, the imbalance settings and the split seed. Randomness comes from
+numpy's legacy RandomState, whose streams are frozen (NEP 19), so equal inputs give equal splits
+on every machine and under every version.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longtail_experts.data.batches import derive_seed
+from longtail_experts.data.longtail import profile_counts, share, share_at_least_one
+from longtail_experts.data.sources import DataError, ImageData
+
+POOL_SPLITS = ("train", "tuneV", "val_small", "calib")  # indices into the training images
+TEST_SPLITS = ("val_lt", "test_lt", "test_balanced")  # indices into the test images
+SPLITS = POOL_SPLITS + TEST_SPLITS
+POOL_PERCENT = (80, 8, 6, 6)
+VAL_LT_PERCENT = 20
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Ascending int64 indices by split name, and the class counts of the LT pool."""
+
+    indices: dict[str, np.ndarray]
+    pool_counts: tuple[int, ...]
+    settings: dict[str, Any]  # source, fingerprint and everything else that decides the indices
+
+    @property
+    def sha256(self) -> str:
+        content = {
+            "settings": {k: v for k, v in self.settings.items() if k != "source"},
+            "indices": {name: self.indices[name].tolist() for name in SPLITS},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def split_images(split: str, images: ImageData) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of the half of the source that `split` indexes."""
+    if split in POOL_SPLITS:
+        return images.train_images, images.train_labels
+    return images.test_images, images.test_labels
+
+
+def make_splits(
+    images: ImageData,
+    *,
+    imbalance_profile: str,
+    imbalance_factor: float,
+    images_per_class: int | None,
+    split_seed: int,
+) -> Splits:
+    """All splits of a source; raises DataError naming the class that has too few images."""
+    num_classes = len(images.class_names)
+    present = np.bincount(images.train_labels, minlength=num_classes).tolist()
+    if imbalance_profile == "natural":
+        pool_counts = present
+    else:
+        largest = images_per_class or images.largest_class
+        try:
+            pool_counts = profile_counts(
+                imbalance_profile, num_classes, largest, imbalance_factor
+            )
+        except ValueError as error:
+            raise DataError(str(error)) from None
+    for c, (asked, there) in enumerate(zip(pool_counts, present, strict=True)):
+        if asked > there or there == 0:
+            raise DataError(
+                f"class {c} ({images.class_names[c]}): {max(asked, 1)} training images asked, "
+                f"{there} present; raise imbalance_factor, lower images_per_class, or add images"
+            )
+    test_counts = np.bincount(images.test_labels, minlength=num_classes).tolist()
+    if min(test_counts) == 0:
+        c = test_counts.index(0)
+        raise DataError(f"class {c} ({images.class_names[c]}): no test image present")
+    indices = split_pool(images.train_labels, pool_counts, split_seed)
+    indices |= split_test(images.test_labels, pool_counts, split_seed)
+    settings = {
+        "source": images.source,
+        "fingerprint": images.fingerprint,
+        "index_space": images.index_space,
+        "imbalance_profile": imbalance_profile,
+        "imbalance_factor": None if imbalance_profile == "natural" else float(imbalance_factor),
+        "images_per_class": images_per_class,
+        "split_seed": split_seed,
+    }
+    splits = Splits({k: np.sort(v) for k, v in indices.items()}, tuple(pool_counts), settings)
+    check_disjoint(splits)
+    return splits
+
+
+def _shuffled_class(labels: np.ndarray, c: int, split_seed: int, what: str) -> np.ndarray:
+    random = np.random.RandomState(derive_seed(split_seed, what, c))
+    return random.permutation(np.flatnonzero(labels == c))
+
+
+def split_pool(labels: np.ndarray, pool_counts: list[int], split_seed: int) -> dict:
+    """The LT pool into train / tuneV / val_small / calib, 80 : 8 : 6 : 6.
+
+    train shares its places among the classes by largest remainder, at least one each. What is
+    left, class by class in shuffled order, is dealt one image at a time to whichever of the
+    other three is furthest behind its quota.
+    """
+    total, num_classes = sum(pool_counts), len(pool_counts)
+    num_train, *quotas = share(total, POOL_PERCENT)
+    if num_train < num_classes:
+        num_train = num_classes
+        quotas = share(total - num_classes, POOL_PERCENT[1:])
+    train_counts = share_at_least_one(num_train, pool_counts)
+    train, left = [], []
+    for c in range(num_classes):
+        pool = _shuffled_class(labels, c, split_seed, "pool")[: pool_counts[c]]
+        train.append(pool[: train_counts[c]])
+        left.append(pool[train_counts[c] :])
+    dealt = deal(np.concatenate(left), quotas)
+    return dict(zip(POOL_SPLITS, [np.concatenate(train), *dealt], strict=True))
+
+
+def deal(items: np.ndarray, quotas: list[int]) -> list[np.ndarray]:
+    """Deal items in order, each to the hand furthest behind its quota (ties to the first).
+
+    After t of n items a hand of quota q should hold q * t / n. Hands end with exactly their quota.
+    """
+    hands: list[list] = [[] for _ in quotas]
+    for t, item in enumerate(items, start=1):
+        behind = [
+            q * t - len(hand) * len(items) if len(hand) < q else -np.inf
+            for q, hand in zip(quotas, hands, strict=True)
+        ]
+        hands[behind.index(max(behind))].append(item)
+    return [np.array(hand, dtype=np.int64) for hand in hands]
+
+
+def lt_test_counts(test_counts: list[int], pool_counts: list[int]) -> list[int]:
+    """Test images of each class in the pool's proportions: round(num_test * pool_prior), within
+    [1, images there are]; halves round up."""
+    num_test, total = sum(test_counts), sum(pool_counts)
+    return [
+        min(there, max(1, (2 * num_test * n + total) // (2 * total)))
+        for there, n in zip(test_counts, pool_counts, strict=True)
+    ]
+
+
+def split_test(labels: np.ndarray, pool_counts: list[int], split_seed: int) -> dict:
+    """The test images into val_lt / test_lt (20 : 80 of an LT-proportioned draw), and
+    test_balanced: every test image that is not in val_lt (test_lt lies inside it)."""
+    num_classes = len(pool_counts)
+    test_counts = np.bincount(labels, minlength=num_classes).tolist()
+    lt_counts = lt_test_counts(test_counts, pool_counts)
+    num_val, _ = share(sum(lt_counts), (VAL_LT_PERCENT, 100 - VAL_LT_PERCENT))
+    val_counts = share_at_least_one(max(num_val, num_classes), lt_counts)
+    val, lt, balanced = [], [], []
+    for c in range(num_classes):
+        shuffled = _shuffled_class(labels, c, split_seed, "test")
+        val.append(shuffled[: val_counts[c]])
+        lt.append(shuffled[val_counts[c] : lt_counts[c]])
+        balanced.append(shuffled[val_counts[c] :])
+    return dict(zip(TEST_SPLITS, map(np.concatenate, (val, lt, balanced)), strict=True))
+
+
+def check_disjoint(splits: Splits) -> None:
+    """Raises AssertionError where an image would serve two masters."""
+    pairs = [(a, b) for i, a in enumerate(POOL_SPLITS) for b in POOL_SPLITS[i + 1 :]]
+    pairs += [("val_lt", "test_lt"), ("val_lt", "test_balanced")]
+    for a, b in pairs:
+        shared = np.intersect1d(splits.indices[a], splits.indices[b])
+        if len(shared):
+            raise AssertionError(f"splits {a} and {b} share indices {shared[:5].tolist()}")
+
+
+def identical_images(splits: Splits, images: ImageData) -> list[list[str]]:
+    """Groups of images of the splits with identical pixels, each as "train 17 (calib)".
+
+    CIFAR-100 itself has some; they are reported, never removed. A test image is named once,
+    under test_balanced, or under val_lt.
+    """
+    seen: dict[bytes, list[str]] = {}
+    for name in (*POOL_SPLITS, "val_lt", "test_balanced"):
+        pixels, _ = split_images(name, images)
+        half = "train" if name in POOL_SPLITS else "test"
+        for i in splits.indices[name]:
+            digest = hashlib.blake2b(pixels[i].tobytes(), digest_size=16).digest()
+            seen.setdefault(digest, []).append(f"{half} {i} ({name})")
+    return [group for group in seen.values() if len(group) > 1]
+
+
+def manifest(splits: Splits, images: ImageData) -> dict[str, Any]:
+    """splits/manifest.json: settings, hash, and for each split its size and class counts."""
+    num_classes = len(images.class_names)
+    table = {}
+    for name in SPLITS:
+        _, labels = split_images(name, images)
+        counts = np.bincount(labels[splits.indices[name]], minlength=num_classes)
+        absent = np.flatnonzero(counts == 0).tolist()
+        table[name] = {
+            "size": int(counts.sum()),
+            "class_counts": counts.tolist(),
+            "absent_classes": absent,
+        }
+    return {
+        **splits.settings,
+        "sha256": splits.sha256,
+        "class_names": list(images.class_names),
+        "pool_counts": list(splits.pool_counts),
+        "splits": table,
+        "identical_images": identical_images(splits, images),
+    }

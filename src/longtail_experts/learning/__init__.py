@@ -1,0 +1,1 @@
+"""Mathematics on tensors: no files, no MLflow, nothing of ours outside this folder."""

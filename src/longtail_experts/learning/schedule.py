@@ -1,0 +1,29 @@
+"""The learning rate, a pure function of the optimiser step. Steps and epochs count from 0."""
+
+from bisect import bisect_right
+
+
+def lr_at(
+    step: int,
+    *,
+    lr: float,
+    lr_decay: float,
+    milestones: tuple[int, ...],
+    warmup_steps: int,
+    steps_per_epoch: int,
+) -> float:
+    """lr * lr_decay^(milestones passed) * min(1, (step + 1) / warmup_steps).
+
+    Milestones are epochs: m acts from step m * steps_per_epoch on. The linear warm-up reaches
+    its full value at step warmup_steps - 1; 0 and 1 both mean none.
+    """
+    passed = bisect_right(milestones, step // steps_per_epoch)
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+    return lr * lr_decay**passed * warmup
+
+
+def steps_worth_logging(*, warmup_steps: int, steps_per_epoch: int, epochs: int) -> list[int]:
+    """Each warm-up step, then the first of each epoch (every change falls on one of these)."""
+    total = steps_per_epoch * epochs
+    warm = range(min(warmup_steps, total))
+    return sorted({*warm, *range(0, total, steps_per_epoch)})
