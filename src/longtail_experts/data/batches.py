@@ -74,3 +74,9 @@ def augmented_batches(
     """One epoch of (images float32 [B, 3, H, W], targets int64 [B]); the last may be short."""
     for index, top, left, flip in zip(*(x.split(batch_size) for x in draws), strict=True):
         yield normalise(crop_and_flip(padded, index, top, left, flip)), targets[index]
+
+
+def plain_batches(images: Tensor, batch_size: int, device: str) -> Iterator[Tensor]:
+    """Normalised batches, in order and without augmentation, of uint8 images [N, H, W, 3]."""
+    for part in images.split(batch_size):
+        yield normalise(part.to(device))

@@ -1,0 +1,235 @@
+"""Arguments -> Config -> stage; exit codes; error messages.
+
+Exit codes: 0 done; 1 a run failed; 2 bad input, nothing done; 130 and 143 on Ctrl-C and SIGTERM.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from longtail_experts.config import Config, ConfigError, load_config, make_config, nearest, shorten
+
+ENTRY_POINTS = {
+    "main": "train, calibrate and record one expert in one run (loss=all: three, as child runs)",
+    "data": "build and verify the splits; log them with their manifest and figures",
+    "train": "train one expert; calibrate does the rest, on any later day",
+    "calibrate": "temperature, test figures, logits and model, into the training run run_id",
+    "export": "write the files that AR-GSE reads, from one run of each loss",
+}
+CALIBRATE_MAY_CHANGE = ("data_dir", "device", "batch_size")
+FULL_RECIPE, DEMO_RECIPE = "cifar100_lt", "demo"
+
+DEMO_BANNER = """\
+*******************************************************************************
+* DEMO: no CIFAR-100 in {folder} and it cannot be downloaded.
+* Synthetic images stand in for it: these numbers say nothing about CIFAR-100.
+* The full recipe: put CIFAR-100 in {folder}, or give -P data_dir=FOLDER
+*******************************************************************************"""
+
+
+class Terminated(BaseException):
+    """SIGTERM; ends the active run as KILLED on its way out."""
+
+
+def main(arguments: list[str]) -> int:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.addLevelName(logging.WARNING, "warning")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
+    except ConfigError as error:
+        return _complain(error, 2)
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise Terminated
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="longtail_experts",
+        description="Calibrated ResNet-32 experts on CIFAR-100-LT, recorded in MLflow.",
+        epilog="`longtail_experts ENTRY_POINT --help` lists its parameters. The same through "
+        "MLflow: mlflow run . -e ENTRY_POINT -P field=value",
+        allow_abbrev=False,
+    )
+    entries = top.add_subparsers(dest="entry_point", metavar="ENTRY_POINT", required=True)
+    for name, does in ENTRY_POINTS.items():
+        entry = entries.add_parser(
+            name, help=does, description=does, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+        if name == "calibrate":
+            entry.add_argument("--run_id", required=True, help="the training run")
+            _add_fields(entry, CALIBRATE_MAY_CHANGE)
+        elif name == "export":
+            entry.add_argument("--run_ids", required=True, help="finished runs: a,b,c")
+            entry.add_argument("--out", required=True, help="folder to write into")
+        else:
+            entry.add_argument(
+                "--config",
+                default="auto",
+                help="a recipe: path, or name in configs/; auto: the full one where there is "
+                "CIFAR-100, else the demo",
+            )
+            _add_fields(entry, tuple(Config.model_fields))
+    return top
+
+
+def _add_fields(entry: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
+    for name in names:
+        about = (Config.model_fields[name].description or "").replace("%", "%%")
+        entry.add_argument(f"--{name}", help=about, metavar="VALUE")
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """`--name value` as `--name=value`: argparse would take the value -1e-3 for a flag."""
+    joined: list[str] = []
+    for argument in arguments:
+        previous = joined[-1] if joined else ""
+        if previous.startswith("--") and "=" not in previous and not argument.startswith("--"):
+            joined[-1] = f"{previous}={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _parse(arguments: list[str]) -> dict[str, Any]:
+    entry_point, *rest = arguments or ["--help"]
+    if not entry_point.startswith("-") and entry_point not in ENTRY_POINTS:
+        raise ConfigError(
+            f"no entry point {shorten(entry_point)!r}{nearest(entry_point, list(ENTRY_POINTS))}"
+        )
+    known, unknown = parser().parse_known_args([entry_point, *_joined(rest)])
+    if unknown:
+        name, fields = unknown[0].split("=")[0].lstrip("-"), list(_fields_of(entry_point))
+        raise ConfigError(f"unknown field {shorten(name)!r}{nearest(name, fields)}")
+    return vars(known)
+
+
+def _fields_of(entry_point: str) -> tuple[str, ...]:
+    if entry_point == "calibrate":
+        return ("run_id", *CALIBRATE_MAY_CHANGE)
+    if entry_point == "export":
+        return ("run_ids", "out")
+    return ("config", *Config.model_fields)
+
+
+# --- config -----------------------------------------------------------------------------------
+
+
+def choose_config(name: str, overrides: dict[str, str]) -> tuple[Config, str | None]:
+    """The config asked for, and the banner of the demo where it stands in for the full recipe.
+
+    Naming a config, a source or a data_dir switches the fallback off.
+    """
+    if name != "auto":
+        return load_config(name, overrides), None
+    config = load_config(FULL_RECIPE, overrides)
+    if "source" in overrides or "data_dir" in overrides:
+        return config, None
+    from longtail_experts.data.sources import cifar100_can_be_downloaded, cifar100_on_disk
+
+    if cifar100_on_disk(Path(config.data_dir)) or cifar100_can_be_downloaded():
+        return config, None
+    return load_config(DEMO_RECIPE, overrides), DEMO_BANNER.format(folder=f"{config.data_dir}/")
+
+
+def warn_about(config: Config) -> None:
+    late = [m for m in config.milestones if m >= config.epochs]
+    if late:
+        logging.warning(
+            "milestones=%s lie at or past epochs=%s and will not act", late, config.epochs
+        )
+
+
+# --- stages -----------------------------------------------------------------------------------
+
+
+def _dispatch(arguments: list[str]) -> int:
+    given = _parse(arguments)
+    entry_point = given.pop("entry_point")
+    if entry_point in ("calibrate", "export"):
+        return _on_finished_runs(entry_point, given)
+    config, banner = choose_config(given.pop("config"), given)
+    if banner:
+        print(banner, flush=True)
+    code = _on_config(entry_point, config)
+    if banner:
+        print(banner, flush=True)
+    return code
+
+
+def _on_config(entry_point: str, config: Config) -> int:
+    if entry_point == "train" and config.loss == "all":
+        raise ConfigError("loss=all: train takes one loss; main trains all three")
+    warn_about(config)
+    from longtail_experts.data.sources import DataError
+    from longtail_experts.stages.inputs import load_dataset, resolve
+
+    config = resolve(config)
+    try:
+        data = load_dataset(config)
+    except DataError as error:
+        return _complain(error, 2)
+    # The store is opened only now, when config and images are known to be good.
+    from longtail_experts.learning.step import NonFiniteLossError
+    from longtail_experts.stages import data as data_stage
+    from longtail_experts.stages import main as main_stage
+    from longtail_experts.stages import train as train_stage
+    from longtail_experts.tracking.runs import RunError
+
+    stage = {"main": main_stage.run, "data": data_stage.run, "train": train_stage.run}[entry_point]
+    try:
+        print(f"run {stage(config, data)} FINISHED")
+    except (NonFiniteLossError, RunError, main_stage.ExpertsFailedError) as error:
+        return _complain(error, 1)
+    return 0
+
+
+def _on_finished_runs(entry_point: str, given: dict[str, str]) -> int:
+    from longtail_experts.data.sources import DataError
+    from longtail_experts.tracking.runs import RunError
+
+    try:
+        if entry_point == "export":
+            from longtail_experts.stages import export
+
+            export.run(_ids(given["run_ids"]), Path(given["out"]))
+        else:
+            from longtail_experts.stages import calibrate
+
+            changes = {name: given[name] for name in CALIBRATE_MAY_CHANGE if name in given}
+            make_config(changes)  # values are checked before the store is opened
+            calibrate.run(given["run_id"], changes)
+    except (RunError, DataError) as error:
+        return _complain(error, 2)
+    return 0
+
+
+def _ids(text: str) -> list[str]:
+    ids = [part.strip() for part in text.split(",") if part.strip()]
+    if not ids:
+        raise ConfigError(f"run_ids={shorten(text)!r}: give run ids, as in a,b,c")
+    return ids

@@ -1,0 +1,43 @@
+"""Images and the splits of them, together: what training and evaluation read."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtail_experts.data.longtail import class_groups
+from longtail_experts.data.sources import ImageData
+from longtail_experts.data.splits import Splits, split_images
+
+
+@dataclass(frozen=True)
+class Dataset:
+    images: ImageData
+    splits: Splits
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.images.class_names)
+
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        """bool [C] for each of head, tail, many, medium, few."""
+        masks = class_groups(self.splits.pool_counts)
+        return {name: torch.from_numpy(mask) for name, mask in masks.items()}
+
+    def size(self, split: str) -> int:
+        return len(self.splits.indices[split])
+
+    def pixels(self, split: str) -> Tensor:
+        """uint8 [N, 32, 32, 3], in the order of the split's indices."""
+        images, _ = split_images(split, self.images)
+        return torch.from_numpy(images[self.splits.indices[split]])
+
+    def targets(self, split: str) -> Tensor:
+        """int64 [N]."""
+        _, labels = split_images(split, self.images)
+        return torch.from_numpy(labels[self.splits.indices[split]])
+
+    def class_counts(self, split: str) -> Tensor:
+        """int64 [C]."""
+        return torch.bincount(self.targets(split), minlength=self.num_classes)

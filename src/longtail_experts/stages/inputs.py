@@ -1,0 +1,56 @@
+"""What every stage starts from: a config resolved for this machine, and its data set."""
+
+import os
+
+import torch
+
+from longtail_experts.config import Config, ConfigError
+from longtail_experts.data.batches import derive_seed
+from longtail_experts.data.dataset import Dataset
+from longtail_experts.data.sources import DataError, load_images
+from longtail_experts.data.splits import make_splits
+from longtail_experts.learning.step import has_bf16_instructions
+
+
+def load_dataset(config: Config) -> Dataset:
+    """Images and splits of a config; raises DataError before any work is done."""
+    images = load_images(
+        config.source,
+        config.data_dir,
+        seed=config.split_seed,
+        images_per_class=config.images_per_class,
+        download=os.environ.get("LONGTAIL_OFFLINE") != "1",
+    )
+    splits = make_splits(
+        images,
+        imbalance_profile=config.imbalance_profile,
+        imbalance_factor=config.imbalance_factor,
+        images_per_class=config.images_per_class,
+        split_seed=config.split_seed,
+    )
+    for name in ("calib", "test_lt"):
+        if len(splits.indices[name]) == 0:
+            raise DataError(
+                f"split {name} would be empty: {sum(splits.pool_counts)} pool images of "
+                f"{len(images.class_names)} classes are too few"
+            )
+    return Dataset(images, splits)
+
+
+def resolve(config: Config) -> Config:
+    """The config with `auto` replaced by what this machine has; raises ConfigError."""
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ConfigError("device=cuda: torch sees no GPU here; give device=cpu or auto")
+    device = ("cuda" if has_gpu else "cpu") if config.device == "auto" else config.device
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" or has_bf16_instructions() else "fp32"
+    return config.replace(device=device, precision=precision)
+
+
+def for_one_expert(config: Config, loss: str) -> Config:
+    """The config of one expert, with the seed that drives its weights, order and augmentation."""
+    seed = config.expert_seed
+    seed = derive_seed(config.seed, loss) if seed is None else seed
+    return config.replace(loss=loss, expert_seed=seed)

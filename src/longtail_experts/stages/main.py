@@ -1,0 +1,48 @@
+"""Entry point `main`: train, then calibrate, in one run; with loss=all one child run a loss.
+
+The one stage made of others: it is `train` followed by `calibrate` and nothing else.
+"""
+
+from longtail_experts.config import LOSS_NAMES, Config
+from longtail_experts.data.dataset import Dataset
+from longtail_experts.stages.calibrate import calibrate_expert
+from longtail_experts.stages.inputs import for_one_expert
+from longtail_experts.stages.train import train_expert
+from longtail_experts.tracking import experts
+from longtail_experts.tracking.runs import Run
+
+
+class ExpertsFailedError(RuntimeError):
+    """Some experts of loss=all failed; the message names them."""
+
+
+def run(config: Config, data: Dataset) -> str:
+    """One expert, or all three; returns the run id (of the parent for loss=all)."""
+    if config.loss == "all":
+        return run_all(config, data)
+    return run_one(config, data, config.loss)
+
+
+def run_one(config: Config, data: Dataset, loss: str, parent: Run | None = None) -> str:
+    config = for_one_expert(config, loss)
+    with experts.start_expert_run(config, "main", parent) as run_:
+        train_expert(run_, config, data)
+        calibrate_expert(run_, config, data)
+    return run_.run_id
+
+
+def run_all(config: Config, data: Dataset) -> str:
+    """A parent run with one child an expert. A failed child does not stop the others; the
+    parent then fails, naming it."""
+    with experts.start_parent_run(config) as parent:
+        children, failures = {}, {}
+        for loss in LOSS_NAMES:
+            try:
+                children[loss] = run_one(config, data, loss, parent)
+            except Exception as error:
+                failures[loss] = error
+        experts.describe_parent(parent, config, children, failures)
+        if failures:
+            named = "; ".join(f"{loss}: {error}" for loss, error in failures.items())
+            raise ExpertsFailedError(f"of loss=all failed {named}")
+    return parent.run_id

@@ -1,0 +1,197 @@
+"""Entry point `train`: one expert, from its initial weights to checkpoints best and last."""
+
+import copy
+import math
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from longtail_experts.config import Config
+from longtail_experts.data.batches import augmented_batches, draw_epoch, pad, plain_batches
+from longtail_experts.data.dataset import Dataset
+from longtail_experts.learning.metrics import accuracies
+from longtail_experts.learning.losses import LOSSES, shifted_cross_entropy
+from longtail_experts.learning.resnet import build_resnet32, num_parameters
+from longtail_experts.learning.schedule import lr_at, steps_worth_logging
+from longtail_experts.learning.step import (
+    TrainState,
+    predict_logits,
+    start_training,
+    train_epoch,
+    train_step,
+)
+from longtail_experts.stages.inputs import for_one_expert
+from longtail_experts.tracking import experts
+from longtail_experts.tracking.checkpoints import save_checkpoint, weights_of
+from longtail_experts.tracking.runs import Run
+
+
+def run(config: Config, data: Dataset) -> str:
+    """Train one expert in a run of its own; returns the run id."""
+    config = for_one_expert(config, config.loss)
+    with experts.start_expert_run(config, "train") as run_:
+        train_expert(run_, config, data)
+    return run_.run_id
+
+
+def train_expert(run_: Run, config: Config, data: Dataset) -> None:
+    """Everything up to the last optimiser step, into the run.
+
+    Raises NonFiniteLossError at the step where the loss stops being a number.
+    """
+    num_images = data.size("train")
+    steps_per_epoch = math.ceil(num_images / config.batch_size)
+    lr_of = schedule_of(config, steps_per_epoch)
+    model = build_resnet32(data.num_classes, config.shortcut, config.expert_seed)
+    experts.record_inputs(run_, config, data, num_parameters(model))
+    experts.record_schedule(run_, config.epochs, steps_per_epoch, lr_of)
+
+    state = start_training(
+        model,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        device=config.device,
+        precision=config.precision,
+    )
+    padded = pad(data.pixels("train")).to(config.device)
+    targets = data.targets("train").to(config.device)
+    shift = train_shift(config, data).to(config.device)
+    announce_cost(config, state, padded, targets, shift)
+    lr_steps = steps_worth_logging(
+        warmup_steps=config.warmup_steps, steps_per_epoch=steps_per_epoch, epochs=config.epochs
+    )
+    bar = tqdm(
+        total=config.epochs * steps_per_epoch,
+        desc=f"train {config.loss}",
+        unit="step",
+        mininterval=1 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )
+    best: dict[str, Any] | None = None
+    without_better, validation = 0, {}
+    for epoch in range(config.epochs):
+        draws = draw_epoch(num_images, config.expert_seed, epoch, config.device)
+        first_step, started = state.step, time.perf_counter()
+        mean_loss = train_epoch(
+            state,
+            augmented_batches(padded, targets, draws, config.batch_size),
+            shift=shift,
+            lr_at=lr_of,
+            precision=config.precision,
+            on_step=bar.update,
+        )
+        seconds = time.perf_counter() - started
+        step, last_epoch = state.step - 1, epoch == config.epochs - 1
+        points = [("lr", lr_of(s), s) for s in lr_steps if first_step <= s < state.step]
+        points += [
+            ("epoch", epoch, step),
+            ("train/loss", mean_loss, step),
+            ("train/images_per_second", num_images / seconds, step),
+        ]
+        stop = False
+        if (epoch + 1) % config.validation_every == 0 or last_epoch:
+            validation = validate(state, config, data)
+            points += [(f"val/{name}", value, step) for name, value in validation.items()]
+            balanced = validation["balanced_accuracy"]
+            better = best is None or balanced > best["val_balanced_accuracy"]
+            if best is None or balanced >= best["val_balanced_accuracy"]:
+                best = {"epoch": epoch, "step": step, "val_balanced_accuracy": balanced}
+                weights = {"model": weights_of(state.model), "epoch": epoch, "step": step}
+                save_checkpoint(run_, "best", weights)
+            if epoch >= last_milestone(config):
+                without_better = 0 if better else without_better + 1
+            patience = config.early_stopping_patience
+            stop = patience is not None and without_better >= patience
+        run_.log_points(points)
+        show(bar, lr_of(step), mean_loss, validation)
+        if last_epoch or stop or (epoch + 1) % config.checkpoint_every == 0:
+            save_checkpoint(run_, "last", last_checkpoint(state, epoch, best, without_better))
+        if stop:
+            break
+    bar.close()
+    run_.log_metrics({f"best/{name}": value for name, value in best.items()}, best["step"])
+    run_.set_tags({"training": "early_stopped" if stop else "complete"})
+
+
+def schedule_of(config: Config, steps_per_epoch: int) -> partial:
+    """step -> learning rate."""
+    return partial(
+        lr_at,
+        lr=config.lr,
+        lr_decay=config.lr_decay,
+        milestones=config.milestones,
+        warmup_steps=config.warmup_steps,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def train_shift(config: Config, data: Dataset) -> torch.Tensor:
+    """float32 [C], what the loss adds to the logits in training."""
+    return LOSSES[config.loss].train_shift(data.class_counts("train"), config.tau).float()
+
+
+def last_milestone(config: Config) -> int:
+    return max((m for m in config.milestones if m < config.epochs), default=0)
+
+
+def validate(state: TrainState, config: Config, data: Dataset) -> dict[str, float]:
+    """Accuracies on val_lt, and the training loss there (not comparable across losses)."""
+    batches = plain_batches(data.pixels("val_lt"), config.batch_size, config.device)
+    logits, targets = predict_logits(state.model, batches), data.targets("val_lt")
+    loss = shifted_cross_entropy(logits, targets, train_shift(config, data))
+    values = accuracies(logits.argmax(1), targets, data.groups, data.num_classes)
+    return {"loss": float(loss), **values}
+
+
+def last_checkpoint(
+    state: TrainState, epoch: int, best: dict[str, Any], without_better: int
+) -> dict[str, Any]:
+    """Everything that training depends on beyond the config: tensors and plain values."""
+    return {
+        "model": weights_of(state.model),
+        "epoch": epoch,
+        "step": state.step - 1,
+        "optimizer": state.optimizer.state_dict(),
+        "rng": {"torch": torch.get_rng_state()},
+        "best": best,
+        "validations_without_better": without_better,
+    }
+
+
+def show(bar: tqdm, lr: float, loss: float, validation: dict[str, float]) -> None:
+    facts = {"lr": f"{lr:.4g}", "loss": f"{loss:.3f}"}
+    if validation:
+        facts["val balanced"] = f"{100 * validation['balanced_accuracy']:.1f}%"
+    bar.set_postfix(facts, refresh=False)
+
+
+def announce_cost(
+    config: Config, state: TrainState, padded: torch.Tensor, targets: torch.Tensor, shift
+) -> None:
+    """Time a few steps on a throwaway copy and print what the whole training will take."""
+    num_images = len(targets)
+    if num_images * config.epochs < 100_000:
+        return
+    trial = copy.deepcopy(state)
+    draws = draw_epoch(num_images, 0, 0, config.device)
+    batches = augmented_batches(padded, targets, draws, config.batch_size)
+    seconds = math.inf
+    for _, (images, labels) in zip(range(5), batches, strict=False):
+        started = time.perf_counter()
+        loss = train_step(trial, images, labels, shift, 0.0, config.precision)
+        float(loss)  # waits for the device
+        seconds = min(seconds, (time.perf_counter() - started) / len(labels))
+    minutes = seconds * num_images * config.epochs / 60
+    where = f"{config.device}, {config.precision}"
+    if config.device == "cpu":
+        where += f", {torch.get_num_threads()} threads"
+    print(
+        f"{config.loss}: {config.epochs} epochs of {num_images} images, about "
+        f"{minutes / 60:.1f} h ({minutes:.0f} min) on this device ({where})",
+        flush=True,
+    )

@@ -1,0 +1,228 @@
+"""One MLflow run: opened, written to, read from.
+
+Nothing here sets a tracking URI or an experiment: a run goes where MLflow was told, or to
+MLflow's own default, and `mlflow run` has already created the one that we are to fill.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import mlflow  # noqa: E402  (reads the environment as it is imported)
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+for _noisy in ("mlflow", "alembic"):
+    logging.getLogger(_noisy).setLevel(logging.WARNING)
+
+BATCH = 1000  # what one log_batch call may hold
+
+
+class RunError(ValueError):
+    """A run, or the store, is not what a stage needs; one line with the remedy."""
+
+
+class Run:
+    """A handle on a run, whoever started it and whatever its status."""
+
+    def __init__(self, run_id: str):
+        self.run_id = run_id
+        self.client = mlflow.MlflowClient()
+
+    # --- writing ---
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        """Params not there yet; those that the launcher has logged are left alone."""
+        there = self._data().params
+        new = [Param(k, v) for k, v in params.items() if k not in there]
+        self.client.log_batch(self.run_id, params=new)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.log_points((name, value, step) for name, value in values.items())
+
+    def log_points(self, points: Iterable[tuple[str, float, int]]) -> None:
+        """(name, value, optimiser step) triples, in one request a thousand."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, float(value), now, step) for name, value, step in points]
+        for start in range(0, len(metrics), BATCH):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
+
+    def describe(self, markdown: str) -> None:
+        self.client.set_tag(self.run_id, "mlflow.note.content", markdown)
+
+    def rename(self, name: str) -> None:
+        self.client.update_run(self.run_id, name=name)
+
+    @contextmanager
+    def artifact(self, path: str) -> Iterator[Path]:
+        """A local path to write; what is there at the end of the block becomes the artifact."""
+        folder, name = os.path.split(path)
+        with tempfile.TemporaryDirectory() as scratch:
+            local = Path(scratch) / name
+            yield local
+            self.client.log_artifact(self.run_id, str(local), folder or None)
+
+    def write_text(self, path: str, text: str) -> None:
+        with self.artifact(path) as local:
+            local.write_text(text, encoding="utf-8")
+
+    def write_json(self, path: str, content: Any) -> None:
+        self.write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def log_datasets(self, datasets: Iterable[tuple[str, str, str, Mapping[str, Any]]]) -> None:
+        """(split, digest, source, profile) of each data set used, shown under *Datasets used*."""
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=split,
+                    digest=digest[:36],
+                    source_type="local",
+                    source=json.dumps({"source": source}),
+                    profile=json.dumps(profile),
+                ),
+                [InputTag("mlflow.data.context", split)],
+            )
+            for split, digest, source, profile in datasets
+        ]
+        self.client.log_inputs(self.run_id, inputs)
+
+    # --- reading ---
+
+    def _data(self) -> mlflow.entities.RunData:
+        return self.client.get_run(self.run_id).data
+
+    @property
+    def params(self) -> dict[str, str]:
+        return dict(self._data().params)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return dict(self._data().metrics)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return dict(self._data().tags)
+
+    @property
+    def name(self) -> str:
+        return self.client.get_run(self.run_id).info.run_name
+
+    @property
+    def experiment_id(self) -> str:
+        return self.client.get_run(self.run_id).info.experiment_id
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) pairs in the order of steps."""
+        points = self.client.get_metric_history(self.run_id, metric)
+        return sorted((point.step, point.value) for point in points)
+
+    def has_artifact(self, path: str) -> bool:
+        folder = os.path.dirname(path)
+        return any(f.path == path for f in self.client.list_artifacts(self.run_id, folder or None))
+
+    @contextmanager
+    def read_artifact(self, path: str) -> Iterator[Path]:
+        """A local path that holds the artifact while the block lasts."""
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                local = self.client.download_artifacts(self.run_id, path, scratch)
+            except (MlflowException, OSError) as error:
+                raise RunError(
+                    f"run {self.run_id}: artifact {path} cannot be read ({_first_line(error)})"
+                ) from None
+            yield Path(local)
+
+    def read_text(self, path: str) -> str:
+        with self.read_artifact(path) as local:
+            return local.read_text(encoding="utf-8")
+
+    def read_json(self, path: str) -> Any:
+        return json.loads(self.read_text(path))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def open_run(run_id: str) -> Run:
+    """A run that exists; raises RunError where the store has none of that id."""
+    run = Run(run_id)
+    try:
+        run._data()
+    except MlflowException as error:
+        raise RunError(
+            f"run_id={run_id[:60]}: not found in the store {mlflow.get_tracking_uri()} "
+            f"({_first_line(error)})"
+        ) from None
+    return run
+
+
+@contextmanager
+def start_run(name: str, tags: Mapping[str, str], parent: Run | None = None) -> Iterator[Run]:
+    """The run of this process, or a child of `parent`; ends FINISHED, FAILED or KILLED.
+
+    Under `mlflow run` the launcher has created it already; else a new one is created.
+    """
+    active = mlflow.start_run(nested=parent is not None, parent_run_id=parent and parent.run_id)
+    run, status = Run(active.info.run_id), "FAILED"
+    try:
+        _require_usable_artifact_root(run)
+        run.rename(name)
+        run.set_tags({**tags, **_git_tags()})
+        yield run
+        status = "FINISHED"
+    except Exception:
+        raise
+    except BaseException:  # Ctrl-C, SIGTERM
+        status = "KILLED"
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+def link_to(run: Run) -> str:
+    """Where `mlflow ui` shows the run, relative to the address that it prints."""
+    return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
+
+
+def _require_usable_artifact_root(run: Run) -> None:
+    """`mlflow ui` opened on an empty folder creates the Default experiment with a root that only
+    its own server can serve; a local run would fail at its first artifact, hours later."""
+    root = run.client.get_run(run.run_id).info.artifact_uri
+    uri = mlflow.get_tracking_uri()
+    if root.startswith("mlflow-artifacts:") and not uri.startswith(("http:", "https:")):
+        raise RunError(
+            "the experiment was created by `mlflow ui`, which keeps its artifacts for its own "
+            "server: use another one (mlflow run . --experiment-name longtail ...; without "
+            "mlflow run: MLFLOW_EXPERIMENT_NAME=longtail)"
+        )
+
+
+def _git_tags() -> dict[str, str]:
+    def git(*arguments: str) -> str:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return answer.stdout.strip()
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git.commit": commit, "git.dirty": str(bool(changes)).lower()}
