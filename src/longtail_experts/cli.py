@@ -78,7 +78,11 @@ def parser() -> Parser:
     entries = top.add_subparsers(dest="entry_point", metavar="ENTRY_POINT", required=True)
     for name, does in ENTRY_POINTS.items():
         entry = entries.add_parser(
-            name, help=does, description=does, allow_abbrev=False, argument_default=argparse.SUPPRESS
+            name,
+            help=does,
+            description=does,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
         )
         if name == "calibrate":
             entry.add_argument("--run_id", required=True, help="the training run")

@@ -321,7 +321,10 @@ def synthetic_images(seed: int, images_per_class: int, num_classes: int = 100) -
         moved = mixed[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
         noise = random.randint(-40, 41, moved.shape)
         pixels = np.clip(128 + moved * dim // 4096 + noise, 0, 255).astype(np.uint8)
-        for half, part in (("train", pixels[:images_per_class]), ("test", pixels[images_per_class:])):
+        for half, part in (
+            ("train", pixels[:images_per_class]),
+            ("test", pixels[images_per_class:]),
+        ):
             halves[half][0].append(part)
             halves[half][1].append(np.full(len(part), c))
     (train_images, train_labels), (test_images, test_labels) = (
@@ -344,7 +347,9 @@ def _smooth_patterns(random: np.random.RandomState, num: int) -> np.ndarray:
     grid = random.randint(-100, 101, (num, 4, 4, 3)).astype(np.int32)
     position = np.arange(SIZE)
     cell, part = position // 8, position % 8
-    across = grid[:, cell] * (8 - part)[:, None, None] + grid[:, (cell + 1) % 4] * part[:, None, None]
+    across = (
+        grid[:, cell] * (8 - part)[:, None, None] + grid[:, (cell + 1) % 4] * part[:, None, None]
+    )
     both = across[:, :, cell] * (8 - part)[:, None] + across[:, :, (cell + 1) % 4] * part[:, None]
     return (both // 64).astype(np.int16)
 

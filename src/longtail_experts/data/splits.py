@@ -63,9 +63,7 @@ def make_splits(
     else:
         largest = images_per_class or images.largest_class
         try:
-            pool_counts = profile_counts(
-                imbalance_profile, num_classes, largest, imbalance_factor
-            )
+            pool_counts = profile_counts(imbalance_profile, num_classes, largest, imbalance_factor)
         except ValueError as error:
             raise DataError(str(error)) from None
     for c, (asked, there) in enumerate(zip(pool_counts, present, strict=True)):

@@ -60,7 +60,7 @@ LOSSES = {
     "balanced_softmax": Loss(
         log_counts,
         log_prior,
-        "Ren et al., Balanced Meta-Softmax for long-tailed visual recognition (NeurIPS 2020), eq. 3",
+        "Ren et al., Balanced Meta-Softmax for long-tailed recognition (NeurIPS 2020), eq. 3",
     ),
 }
 

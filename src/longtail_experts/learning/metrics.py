@@ -92,7 +92,7 @@ def reliability(probabilities: Tensor, targets: Tensor, num_bins: int = NUM_BINS
 
 
 def expected_calibration_error(probabilities: Tensor, targets: Tensor) -> float:
-    """sum over 15 equal-width bins of (images / N) |accuracy - confidence| (Guo et al., ICML 2017)."""
+    """sum over 15 equal-width bins of (images / N) |accuracy - confidence| (Guo et al., 2017)."""
     count, confidence, accuracy = reliability(probabilities, targets).T
     return float((count * abs(accuracy - confidence)).sum() / count.sum())
 

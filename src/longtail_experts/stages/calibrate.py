@@ -1,0 +1,187 @@
+"""Entry point `calibrate`: everything after training, into the training run."""
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from longtail_experts.config import Config, ConfigError, make_config
+from longtail_experts.data.batches import plain_batches
+from longtail_experts.data.dataset import Dataset
+from longtail_experts.data.splits import POOL_SPLITS, SPLITS
+from longtail_experts.learning.calibration import Temperature, fit_temperature
+from longtail_experts.learning.evaluation import (
+    evaluate,
+    label_frequencies,
+    prior_weighted_accuracy,
+    uniform,
+)
+from longtail_experts.learning.losses import LOSSES, prior_of
+from longtail_experts.learning.metrics import mean_over, per_class_recall
+from longtail_experts.learning.resnet import ResNet32
+from longtail_experts.learning.step import predict_logits
+from longtail_experts.stages.inputs import load_dataset, resolve
+from longtail_experts.tracking import experts
+from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
+from longtail_experts.tracking.logits import SplitLogits, write_logits
+from longtail_experts.tracking.model import log_expert_model
+from longtail_experts.tracking.runs import Run, RunError, open_run
+
+
+def run(run_id: str, changes: dict[str, str]) -> None:
+    """Calibrate a training run, recorded by a run of its own that only points at it.
+
+    `changes` may override data_dir, device and batch_size. On a run that is calibrated already,
+    says so and changes nothing. Raises RunError or DataError before any work is done.
+    """
+    source = open_run(run_id)
+    if experts.is_calibrated(source):
+        print(f"run {run_id} is calibrated already; nothing was changed")
+        return
+    experts.require_trained(source)
+    try:
+        values = yaml.safe_load(source.read_text("config.yaml"))
+        config = make_config(values | {"device": "auto"} | changes)
+    except (ConfigError, yaml.YAMLError, TypeError) as error:
+        raise RunError(f"run {run_id}: config.yaml: {error}") from None
+    config = resolve(config)
+    data = load_dataset(config)
+    recorded = source.params.get("splits_sha256")
+    if data.splits.sha256 != recorded:
+        raise RunError(
+            f"run {run_id}: was trained on splits {str(recorded)[:12]}, but data_dir="
+            f"{config.data_dir} gives {data.splits.sha256[:12]}: give the data_dir of the same "
+            "images in the same order"
+        )
+    with experts.start_calibration_run(source):
+        calibrate_expert(source, config, data)
+    print(f"run {run_id} calibrated")
+
+
+def calibrate_expert(run_: Run, config: Config, data: Dataset) -> None:
+    """Temperature, logits, test figures, model and report of the best checkpoint."""
+    best = read_checkpoint(run_, "best")
+    network = load_network(best["model"], config, data)
+    logits = split_logits(network, config, data)
+    counts = data.class_counts("train")
+    loss = LOSSES[config.loss]
+    prior, log_offset = prior_of(counts), loss.log_offset(counts, config.tau)
+    temperature = fit_temperature(
+        logits["calib"], data.targets("calib"), log_offset, bootstrap_seed=config.split_seed
+    )
+    constants = {
+        "temperature": temperature.value,
+        "tau": config.tau,
+        "log_offset": log_offset.tolist(),
+        "prior": prior.tolist(),
+    }
+    save_checkpoint(run_, "final_calibrated", {**best, **constants})
+    write_logits(run_, as_exported(logits, data), constants)
+    metrics = test_metrics(logits, data, temperature, log_offset, prior)
+    metrics["test_balanced/balanced_accuracy_last"] = last_accuracy(run_, config, data)
+    run_.log_metrics(metrics, best["step"])
+    experts.record_per_class(run_, data, recalls(logits, data))
+    experts.record_figures(run_, data, logits, temperature.value, log_offset, prior)
+    log_expert_model(
+        run_,
+        network,
+        data.pixels("val_lt")[:2],
+        temperature=temperature.value,
+        log_offset=log_offset,
+        prior=prior,
+        step=best["step"],
+    )
+    experts.record_report(run_, config, data, logits)
+
+
+def load_network(weights: dict[str, Tensor], config: Config, data: Dataset) -> nn.Module:
+    """The network of a checkpoint, on the device; RunError where they do not fit."""
+    network = ResNet32(data.num_classes, config.shortcut)
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"checkpoint does not fit a ResNet-32 of this config ({reason})") from None
+    return network.to(config.device, memory_format=torch.channels_last)
+
+
+def split_logits(network: nn.Module, config: Config, data: Dataset) -> dict[str, Tensor]:
+    """float32 [N, C] of every split; test_lt lies inside test_balanced and is cut out of it."""
+    logits = {
+        split: predict_logits(
+            network, plain_batches(data.pixels(split), config.batch_size, config.device)
+        )
+        for split in SPLITS
+        if split != "test_lt" and data.size(split)
+    }
+    for split in POOL_SPLITS:  # a tiny pool may leave tuneV or val_small empty
+        logits.setdefault(split, torch.empty(0, data.num_classes))
+    balanced, lt = (
+        torch.from_numpy(data.splits.indices[name]) for name in ("test_balanced", "test_lt")
+    )
+    logits["test_lt"] = logits["test_balanced"][torch.searchsorted(balanced, lt)]
+    return {split: logits[split] for split in SPLITS}
+
+
+def as_exported(logits: dict[str, Tensor], data: Dataset) -> dict[str, SplitLogits]:
+    return {
+        split: SplitLogits(
+            logits=values.numpy(),
+            targets=data.targets(split).numpy(),
+            indices=data.splits.indices[split],
+        )
+        for split, values in logits.items()
+    }
+
+
+def test_metrics(
+    logits: dict[str, Tensor],
+    data: Dataset,
+    temperature: Temperature,
+    log_offset: Tensor,
+    prior: Tensor,
+) -> dict[str, float]:
+    """Everything logged after calibration, by metric name."""
+    metrics = {
+        "temperature": temperature.value,
+        "temperature_low": temperature.low,
+        "temperature_high": temperature.high,
+        "temperature_at_bound": float(temperature.at_bound),
+    }
+    targets = {split: data.targets(split) for split in ("test_lt", "test_balanced")}
+    deployment = {
+        "test_lt": label_frequencies(targets["test_lt"], data.num_classes),
+        "test_balanced": uniform(data.num_classes),
+    }
+    for split, q in deployment.items():
+        values = evaluate(
+            logits[split],
+            targets[split],
+            temperature=temperature.value,
+            log_offset=log_offset,
+            prior=prior,
+            deployment=q,
+            groups=data.groups,
+        )
+        metrics |= {f"{split}/{name}": value for name, value in values.items()}
+    pool_prior = prior_of(torch.tensor(data.splits.pool_counts))
+    metrics["test_balanced/prior_weighted_accuracy"] = prior_weighted_accuracy(
+        logits["test_balanced"], targets["test_balanced"], pool_prior
+    )
+    return metrics
+
+
+def last_accuracy(run_: Run, config: Config, data: Dataset) -> float:
+    """Balanced accuracy on test_balanced of the last checkpoint."""
+    network = load_network(read_checkpoint(run_, "last")["model"], config, data)
+    pixels = data.pixels("test_balanced")
+    logits = predict_logits(network, plain_batches(pixels, config.batch_size, config.device))
+    recall, _ = per_class_recall(logits.argmax(1), data.targets("test_balanced"), data.num_classes)
+    return mean_over(recall)
+
+
+def recalls(logits: dict[str, Tensor], data: Dataset) -> dict[str, tuple[Tensor, Tensor]]:
+    """(recall, images) a class on the three evaluation splits."""
+    return {
+        split: per_class_recall(logits[split].argmax(1), data.targets(split), data.num_classes)
+        for split in ("val_lt", "test_lt", "test_balanced")
+    }

@@ -1,0 +1,130 @@
+"""Entry point `export`: the files that AR-GSE reads, from one run of each loss.
+
+data/<name>_splits/<split>_indices.json
+outputs/logits/<name>/<expert>_baseline/<split>_logits.pt        float16 [N, C], f / T
+checkpoints/experts/<name>/{best,final_calibrated}_<expert>_baseline.pth
+"""
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtail_experts.tracking.checkpoints import read_checkpoint
+from longtail_experts.tracking.logits import ExpertLogits, load_expert_logits
+from longtail_experts.tracking.runs import Run, RunError, open_run
+
+log = logging.getLogger(__name__)
+
+ARGSE_NAMES = {"ce": "ce", "logit_adjust": "logitadjust", "balanced_softmax": "balsoftmax"}
+ARGSE_SPLITS = ("train", "tuneV", "val_small", "calib", "val_lt", "test_lt")
+
+
+def run(run_ids: list[str], out: Path) -> None:
+    """Write the tree below `out`, each file whole; RunError before anything is written."""
+    runs = [open_run(run_id) for run_id in run_ids]
+    losses = [_loss_of(run_) for run_ in runs]
+    for loss in losses:
+        if losses.count(loss) > 1:
+            raise RunError(f"run_ids: two runs of loss {loss}; give one of each")
+    _require_same_splits(runs)
+    _require_writable(out)
+    manifest = runs[0].read_json("splits/manifest.json")
+    name = dataset_name(manifest)
+    files: dict[str, Any] = {}
+    experts = {
+        loss: load_expert_logits(run_.run_id) for loss, run_ in zip(losses, runs, strict=True)
+    }
+    for (loss, expert), run_ in zip(experts.items(), runs, strict=True):
+        label = f"{ARGSE_NAMES[loss]}_baseline"
+        for split, values in half_precision_logits(expert).items():
+            files[f"outputs/logits/{name}/{label}/{split}_logits.pt"] = values
+        weights = read_checkpoint(run_, "final_calibrated")["model"]
+        for kind, temperature in (("best", 1.0), ("final_calibrated", expert.temperature)):
+            files[f"checkpoints/experts/{name}/{kind}_{label}.pth"] = {
+                **weights,
+                "temperature": torch.tensor([temperature], dtype=torch.float32),
+            }
+    first = next(iter(experts.values()))
+    for split in ARGSE_SPLITS:
+        files[f"data/{name}_splits/{split}_indices.json"] = first.splits[split].indices.tolist()
+    if manifest["index_space"] != "torchvision":
+        log.warning(
+            "indices are not in torchvision's order of CIFAR-100 but in that of the source "
+            "%s...; targets and index_space.json are written beside them",
+            manifest["index_space"][:12],
+        )
+        space = {"index_space": manifest["index_space"]}
+        files[f"data/{name}_splits/index_space.json"] = space
+        for split in ARGSE_SPLITS:
+            targets = first.splits[split].targets.tolist()
+            files[f"data/{name}_splits/{split}_targets.json"] = targets
+    write_files(out, files)
+    print(f"{len(files)} files of {', '.join(losses)} written below {out}")
+
+
+def dataset_name(manifest: dict[str, Any]) -> str:
+    """cifar100_lt_if100 for the full recipe; other settings are named after themselves."""
+    profile, factor = manifest["imbalance_profile"], manifest["imbalance_factor"]
+    if profile == "natural":
+        return f"{manifest['source']}_natural"
+    step = "step_" if profile == "step" else ""
+    return f"{manifest['source']}_lt_{step}if{factor:g}"
+
+
+def half_precision_logits(expert: ExpertLogits) -> dict[str, Tensor]:
+    """float16 [N, C] of f / T by split; RunError where a value does not fit."""
+    halves = {}
+    for split in ARGSE_SPLITS:
+        scaled = torch.tensor(expert.splits[split].logits) / expert.temperature
+        halves[split] = scaled.half()
+        if not bool(torch.isfinite(halves[split]).all()):
+            largest = float(scaled.abs().max())
+            raise RunError(
+                f"run {expert.run_id}: {split}: |f / T| reaches {largest:.4g}, beyond float16's "
+                "65504"
+            )
+    return halves
+
+
+def write_files(out: Path, files: dict[str, Any]) -> None:
+    """Every file to a scratch folder below `out` first; then each moved to its place."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as scratch:
+        for path, content in files.items():
+            local = Path(scratch) / path
+            local.parent.mkdir(parents=True, exist_ok=True)
+            if path.endswith(".json"):
+                local.write_text(json.dumps(content))
+            else:
+                torch.save(content, local)
+        for path in files:
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(scratch) / path, out / path)
+
+
+def _loss_of(run_: Run) -> str:
+    loss = run_.tags.get("expert")
+    if loss not in ARGSE_NAMES:
+        raise RunError(f"run {run_.run_id}: is not the run of an expert (its tag expert is {loss})")
+    return loss
+
+
+def _require_same_splits(runs: list[Run]) -> None:
+    hashes = {run_.run_id: run_.params.get("splits_sha256") for run_ in runs}
+    if len(set(hashes.values())) > 1:
+        listed = ", ".join(f"{run_id}: {str(sha)[:12]}" for run_id, sha in hashes.items())
+        raise RunError(f"run_ids: experts of different splits ({listed})")
+
+
+def _require_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise RunError(f"out={out}: cannot be written ({error.strerror})") from None

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from longtail_experts.config import Config
 from longtail_experts.data.batches import augmented_batches, draw_epoch, pad, plain_batches
 from longtail_experts.data.dataset import Dataset
-from longtail_experts.learning.metrics import accuracies
 from longtail_experts.learning.losses import LOSSES, shifted_cross_entropy
+from longtail_experts.learning.metrics import accuracies
 from longtail_experts.learning.resnet import build_resnet32, num_parameters
 from longtail_experts.learning.schedule import lr_at, steps_worth_logging
 from longtail_experts.learning.step import (

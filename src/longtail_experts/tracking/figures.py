@@ -9,9 +9,9 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 HEAD, TAIL, ALL, BEFORE = "#0072B2", "#D55E00", "#000000", "#999999"
 STYLE = {
@@ -60,9 +60,7 @@ def learning_curves(histories: Mapping[str, Sequence[tuple[int, float]]], path: 
     ):
         if histories.get(name):
             steps, values = zip(*histories[name], strict=True)
-            right.plot(
-                steps, 100 * np.array(values), marker="o", ms=3, color=colour, label=label
-            )
+            right.plot(steps, 100 * np.array(values), marker="o", ms=3, color=colour, label=label)
     right.set(xlabel="optimiser step", ylabel="accuracy, %", title="Validation on val_lt")
     right.set_ylim(bottom=0)
     right.legend()
@@ -85,9 +83,7 @@ def per_class_accuracy(
                 marker=marker,
                 label=f"{name}: {mask.sum()} classes, mean {mean:.1f} %",
             )
-            axes.hlines(
-                mean, pool_counts[mask].min(), pool_counts[mask].max(), color=colour, lw=1
-            )
+            axes.hlines(mean, pool_counts[mask].min(), pool_counts[mask].max(), color=colour, lw=1)
     axes.set(
         xscale="log",
         xlabel="images of the class in the LT pool",

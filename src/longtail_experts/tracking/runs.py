@@ -17,9 +17,9 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-import mlflow  # noqa: E402  (reads the environment as it is imported)
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -118,6 +118,10 @@ class Run:
     @property
     def name(self) -> str:
         return self.client.get_run(self.run_id).info.run_name
+
+    @property
+    def status(self) -> str:
+        return self.client.get_run(self.run_id).info.status
 
     @property
     def experiment_id(self) -> str:

@@ -1,0 +1,60 @@
+"""Every figure of one expert on one test split, out of its logits."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from longtail_experts.learning.calibration import deployment_scores
+from longtail_experts.learning.metrics import (
+    accuracies,
+    mean_over,
+    per_class_recall,
+    proper_scores,
+)
+
+
+def evaluate(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    log_offset: Tensor,
+    prior: Tensor,
+    deployment: Tensor,
+    groups: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Accuracies of argmax f, and the scores under the deployment prior q, at T and at T = 1.
+
+    logits [N, C], targets int64 [N]; log_offset, prior, deployment float64 [C]; groups name ->
+    bool [C], head among them. `nll`, `brier`, `ece` (and head_, tail_ of each) use
+    f / T + log_offset + log q - log prior, whose own argmax gives `adjusted_accuracy` and
+    `adjusted_balanced_accuracy`; `_uncalibrated` is the same at T = 1.
+    """
+    num_classes = logits.shape[1]
+    values = accuracies(logits.argmax(1), targets, groups, num_classes)
+    calibrated = deployment_scores(logits, temperature, log_offset, prior, deployment)
+    adjusted = calibrated.argmax(1)
+    recall, _ = per_class_recall(adjusted, targets, num_classes)
+    values["adjusted_accuracy"] = float((adjusted == targets).double().mean())
+    values["adjusted_balanced_accuracy"] = mean_over(recall)
+    values |= proper_scores(calibrated, targets, groups["head"])
+    plain = deployment_scores(logits, 1.0, log_offset, prior, deployment)
+    uncalibrated = proper_scores(plain, targets, groups["head"])
+    return values | {f"{name}_uncalibrated": value for name, value in uncalibrated.items()}
+
+
+def prior_weighted_accuracy(logits: Tensor, targets: Tensor, pool_prior: Tensor) -> float:
+    """sum over classes of pool_prior * recall: accuracy if test frequencies were the pool's."""
+    recall, _ = per_class_recall(logits.argmax(1), targets, logits.shape[1])
+    return float((pool_prior.double() * recall).sum())
+
+
+def label_frequencies(targets: Tensor, num_classes: int) -> Tensor:
+    """float64 [C]."""
+    return torch.bincount(targets, minlength=num_classes).double() / len(targets)
+
+
+def uniform(num_classes: int) -> Tensor:
+    """float64 [C]."""
+    return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)

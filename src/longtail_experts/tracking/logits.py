@@ -1,0 +1,128 @@
+"""Exported logits of an expert: written with hashes, read only where the hashes agree."""
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from longtail_experts.data.splits import SPLITS
+from longtail_experts.tracking.runs import Run, RunError, open_run
+
+
+@dataclass(frozen=True)
+class SplitLogits:
+    """Row i of logits and targets belongs to image indices[i] of the split's half."""
+
+    logits: np.ndarray  # float32 [N, C], before the temperature
+    targets: np.ndarray  # int64 [N]
+    indices: np.ndarray  # int64 [N]
+
+
+@dataclass(frozen=True)
+class ExpertLogits:
+    """What an ensemble or a rejector built on top needs of one expert.
+
+    `logits / temperature + log_offset` is the log-posterior under the training `prior`; for
+    another deployment prior q add log q - log prior.
+    """
+
+    run_id: str
+    splits: Mapping[str, SplitLogits]
+    temperature: float
+    tau: float
+    log_offset: np.ndarray  # float64 [C]
+    prior: np.ndarray  # float64 [C], of the train split
+    class_names: tuple[str, ...]
+
+
+def write_logits(run: Run, logits: Mapping[str, SplitLogits], constants: dict[str, Any]) -> None:
+    """logits/<split>.npz, then logits/manifest.json: constants, and hash and rows of each file."""
+    files = {}
+    for name, split in logits.items():
+        with run.artifact(f"logits/{name}.npz") as path:
+            np.savez(path, logits=split.logits, targets=split.targets, indices=split.indices)
+            files[name] = {"sha256": _sha256(path), "rows": len(split.targets)}
+    run.write_json("logits/manifest.json", {**constants, "files": files})
+
+
+def load_expert_logits(run_id: str) -> ExpertLogits:
+    """The logits and calibration of a finished expert, checked against its manifest.
+
+    Raises RunError where the run is unknown or not calibrated, or where a file is missing,
+    malformed or not the one whose hash the manifest holds.
+    """
+    run = open_run(run_id)
+    if not run.has_artifact("logits/manifest.json"):
+        raise RunError(
+            f"run {run_id}: has no logits; calibrate it first "
+            f"(mlflow run . -e calibrate -P run_id={run_id})"
+        )
+    try:
+        manifest, split_manifest = (
+            run.read_json(f"{folder}/manifest.json") for folder in ("logits", "splits")
+        )
+        names = tuple(map(str, split_manifest["class_names"]))
+        constants = {
+            "temperature": float(manifest["temperature"]),
+            "tau": float(manifest["tau"]),
+            "log_offset": _vector(manifest["log_offset"], len(names)),
+            "prior": _vector(manifest["prior"], len(names)),
+        }
+        files = {name: manifest["files"][name] for name in SPLITS}
+        expected = {name: (str(file["sha256"]), int(file["rows"])) for name, file in files.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"run {run_id}: logits/manifest.json is malformed ({error!r})") from None
+    splits = {}
+    for name, (sha256, rows) in expected.items():
+        with run.read_artifact(f"logits/{name}.npz") as path:
+            splits[name] = _read_split(path, sha256, (rows, len(names)), f"run {run_id}: {name}")
+    return ExpertLogits(
+        run_id=run_id, splits=MappingProxyType(splits), class_names=names, **constants
+    )
+
+
+def _vector(values: list[float], length: int) -> np.ndarray:
+    vector = np.array(values, dtype=np.float64)
+    if vector.shape != (length,) or not np.isfinite(vector).all():
+        raise ValueError(f"expected {length} finite numbers")
+    return _frozen(vector)
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array
+
+
+def _read_split(path: Path, sha256: str, shape: tuple[int, int], what: str) -> SplitLogits:
+    if _sha256(path) != sha256:
+        raise RunError(f"{what}.npz is not the file that the manifest describes (sha256 differs)")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: _frozen(file[name]) for name in ("logits", "targets", "indices")}
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"{what}.npz cannot be read ({error})") from None
+    split = SplitLogits(**arrays)
+    if (
+        split.logits.shape != shape
+        or split.logits.dtype != np.float32
+        or any(a.shape != shape[:1] or a.dtype != np.int64 for a in (split.targets, split.indices))
+        or not np.isfinite(split.logits).all()
+        or (len(split.targets) and not 0 <= split.targets.min() <= split.targets.max() < shape[1])
+    ):
+        raise RunError(
+            f"{what}.npz: expected finite float32 logits {list(shape)} with int64 targets and "
+            "indices"
+        )
+    return split
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,81 @@
+"""The calibrated expert as an MLflow model: uint8 images in, probabilities out."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow.pytorch
+import numpy as np
+import torch
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+from torch import Tensor, nn
+
+from longtail_experts.data.batches import normalise
+from longtail_experts.tracking import served_expert
+from longtail_experts.tracking.runs import Run
+
+
+class CalibratedExpert(nn.Module):
+    """uint8 images [N, 32, 32, 3] -> softmax(f / T + log_offset - log prior), the uniform prior."""
+
+    def __init__(self, network: nn.Module, temperature: float, log_offset: Tensor, prior: Tensor):
+        super().__init__()
+        self.network = network
+        self.temperature = temperature
+        self.register_buffer("shift", (log_offset - prior.log()).float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.network(normalise(images))
+        return (logits / self.temperature + self.shift).softmax(1)
+
+
+def log_expert_model(
+    run: Run,
+    network: nn.Module,
+    images: Tensor,
+    *,
+    temperature: float,
+    log_offset: Tensor,
+    prior: Tensor,
+    step: int,
+) -> None:
+    """Log the expert to the run, whatever its status; images uint8 [2, 32, 32, 3] are the example.
+
+    An exported program, so that opening it runs no pickle and needs no code of this project.
+    Probabilities are float32 [N, C].
+    """
+    expert = CalibratedExpert(network.cpu(), temperature, log_offset, prior).eval()
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *images.shape[1:]))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(prior)))]),
+        params=ParamSchema([ParamSpec("prior", "string", "uniform")]),
+    )
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "mlflow": mlflow.__version__}
+    Model.log(
+        artifact_path=None,
+        name="expert",
+        flavor=SimpleNamespace(save_model=_save_model),
+        flavor_name="pytorch",
+        run_id=run.run_id,
+        step=step,
+        pytorch_model=expert,
+        signature=signature,
+        input_example=images.numpy(),
+        pip_requirements=[f"{name}=={v.split('+')[0]}" for name, v in versions.items()],
+        code_paths=[served_expert.__file__],
+        serialization_format="pt2",
+        prior=prior.tolist(),
+    )
+
+
+def _save_model(path: str, mlflow_model: Model, prior: list[float], **arguments) -> None:
+    """mlflow.pytorch's own, then a pyfunc loader that knows the param `prior`.
+
+    MLflow's loader would pass params on to the exported program, which takes images alone, and
+    refuses a program exported on a CPU on a machine that has a GPU.
+    """
+    mlflow.pytorch.save_model(path=path, mlflow_model=mlflow_model, **arguments)
+    pyfunc = mlflow_model.flavors["python_function"]
+    pyfunc["loader_module"] = Path(served_expert.__file__).stem
+    pyfunc["config"] = {"prior": prior}
+    mlflow_model.save(str(Path(path) / "MLmodel"))

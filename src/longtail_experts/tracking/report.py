@@ -1,0 +1,117 @@
+"""The success checklist, and the words of report.md and of run descriptions."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+ACCURACIES = ("accuracy", "balanced", "head", "tail", "many", "medium", "few", "adjusted balanced")
+
+
+class Check(NamedTuple):
+    """One box of the success checklist; `numbers` is what was compared."""
+
+    what: str
+    passed: bool
+    numbers: str
+
+
+def trained_to_the_end(
+    epochs_done: int, epochs: int, early: bool, losses: Sequence[float]
+) -> Check:
+    finite = bool(losses) and all(map(math.isfinite, losses))
+    ended = "stopped early, as asked" if early else f"{epochs_done} of {epochs} epochs"
+    last = f"{losses[-1]:.4g}" if losses else "none logged"
+    return Check(
+        "trained to the end, loss finite",
+        finite and (early or epochs_done == epochs),
+        f"{ended}; last training loss {last}",
+    )
+
+
+def validation_improved(
+    best: float, first: float, num_classes: int, standard_error: float
+) -> Check:
+    margin = 3 * standard_error
+    return Check(
+        "best validation exceeds the first one and chance by 3 standard errors",
+        best > first + margin and best > 1 / num_classes + margin,
+        f"best {100 * best:.2f} %, first {100 * first:.2f} %, chance {100 / num_classes:.2f} %, "
+        f"standard error {100 * standard_error:.2f} points",
+    )
+
+
+def temperature_helps(temperature: float, at_bound: bool, nll: float, uncalibrated: float) -> Check:
+    return Check(
+        "temperature interior, and NLL on test_lt lower than at T = 1",
+        not at_bound and nll < uncalibrated,
+        f"T = {temperature:.4f}{' at its bound' if at_bound else ''}, NLL {nll:.4f} against "
+        f"{uncalibrated:.4f} nats",
+    )
+
+
+def logits_complete(
+    rows: Mapping[str, int], expected: Mapping[str, int], problem: str = ""
+) -> Check:
+    """rows a split as read back; problem: why they could not be read, if so."""
+    wrong = [name for name, n in expected.items() if rows.get(name) != n]
+    detail = f"{sum(rows.values()):,} rows in {len(rows)} splits"
+    if wrong:
+        detail = f"missing or short: {', '.join(wrong)}"
+    return Check(
+        "logits of all splits present and finite", not wrong and not problem, problem or detail
+    )
+
+
+def checkpoints_load(problems: Mapping[str, str]) -> Check:
+    """problems: checkpoint name -> what is wrong, empty where it loads."""
+    broken = [f"{name}: {problem}" for name, problem in problems.items() if problem]
+    names = ", ".join(problems)
+    return Check("checkpoints load", not broken, "; ".join(broken) or names)
+
+
+def checklist_markdown(checks: Sequence[Check]) -> str:
+    return "\n".join(f"- [{'x' if c.passed else ' '}] {c.what} ({c.numbers})" for c in checks)
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def accuracy_row(metrics: Mapping[str, float], split: str) -> list[str]:
+    """Cells of ACCURACIES, percent, for one split of a run's metrics."""
+    keys = ["accuracy", *(f"{n.replace(' ', '_')}_accuracy" for n in ACCURACIES[1:])]
+    return [percent(metrics.get(f"{split}/{key}")) for key in keys]
+
+
+def results_markdown(metrics: Mapping[str, float]) -> str:
+    """Accuracies and calibration of one expert, from the metrics of its run."""
+    tests = ("test_balanced", "test_lt")
+    accuracy = table(
+        ("accuracy, %", *ACCURACIES), [[split, *accuracy_row(metrics, split)] for split in tests]
+    )
+    calibration = table(
+        ("calibration", "T = 1", "calibrated"),
+        [
+            [f"{split} {label}", *(show(metrics[f"{split}/{key}{end}"]) for end in ENDINGS)]
+            for split in tests
+            for key, label, show in (
+                ("nll", "NLL, nats", lambda v: f"{v:.4f}"),
+                ("brier", "Brier", lambda v: f"{v:.4f}"),
+                ("ece", "ECE, %", lambda v: f"{100 * v:.2f}"),
+            )
+        ],
+    )
+    temperature = (
+        f"Temperature {metrics['temperature']:.4f} (95 % interval "
+        f"{metrics['temperature_low']:.3f} to {metrics['temperature_high']:.3f})."
+    )
+    return f"{accuracy}\n\n{calibration}\n\n{temperature}"
+
+
+ENDINGS = ("_uncalibrated", "")
