@@ -92,8 +92,8 @@ class Config(BaseModel):
     @classmethod
     def _plain_values(cls, values: Any) -> Any:
         for name, value in values.items():
-            if isinstance(value, bool):
-                raise ConfigError(f"{name}={str(value).lower()}: not a yes/no field")
+            if any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
+                raise ConfigError(f"{name}={shorten(value).lower()}: not a yes/no field")
         return {name: None if value == "none" else value for name, value in values.items()}
 
     @field_validator("milestones", mode="before")
@@ -152,7 +152,11 @@ def nearest(name: str, valid: list[str]) -> str:
 
 def shorten(value: Any, limit: int = 60) -> str:
     """One printable line for an error message, whatever was given."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
+    try:
+        text = str(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} too long to print"
+    text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
@@ -179,7 +183,7 @@ def _one_line(error: ValidationError, values: Mapping[str, Any]) -> str:
     says = says[0].lower() + says[1:]
     given = values[name]
     if first["type"] == "literal_error":
-        says += nearest(str(given), list(get_args(Config.model_fields[name].annotation)))
+        says += nearest(shorten(given), list(get_args(Config.model_fields[name].annotation)))
     given = to_text(tuple(given)) if isinstance(given, list | tuple) else given
     return f"{name}={shorten(given)}: {says} ({Config.model_fields[name].description})"
 
@@ -194,16 +198,23 @@ def find_recipe(name: str) -> Path:
     candidates = [Path(name)] if name.endswith((".yaml", ".yml")) or "/" in name else []
     candidates += [folder / f"{name}.yaml" for folder in folders]
     for path in candidates:
-        if path.is_file():
+        if _is_file(path):
             return path
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise ConfigError(f"config={shorten(name)}: no such file{nearest(name, known)}")
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long for the file system, or with a null byte
+        return False
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"config={path}: cannot be read: {shorten(error, 200)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config={path}: must hold `field: value` lines")

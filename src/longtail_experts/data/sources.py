@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -77,9 +76,11 @@ def load_images(
 
 
 def cifar100_images(folder: Path, download: bool = True) -> ImageData:
+    if official_files_present(folder):
+        return _cifar100_official(folder)
     if parquet_files(folder):
         return _cifar100_parquet(folder)
-    if not official_files_present(folder) and not download:
+    if not download:
         raise DataError(f"data_dir={folder}: {_WHAT_CIFAR100_LOOKS_LIKE}")
     return _cifar100_official(folder)
 
@@ -126,11 +127,11 @@ def _cifar100_official(folder: Path) -> ImageData:
     from torchvision.datasets import CIFAR100
 
     archive, extracted = folder / "cifar-100-python.tar.gz", folder / "cifar-100-python"
-    needs_unpacking = not extracted.exists()  # torchvision's download=True also only unpacks
+    fetch = archive.exists() or not extracted.exists()  # from an archive, torchvision unpacks
     try:
-        if needs_unpacking and not archive.exists():
+        if not archive.exists() and not extracted.exists():
             log.warning("downloading CIFAR-100 into %s (169 MB)", folder)
-        halves = [CIFAR100(folder, train, download=needs_unpacking) for train in (True, False)]
+        halves = [CIFAR100(folder, train, download=fetch) for train in (True, False)]
     except (OSError, RuntimeError, EOFError) as error:  # md5 mismatch, no network, bad archive
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -151,7 +152,9 @@ def _cifar100_official(folder: Path) -> ImageData:
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
+    """train*.parquet and test*.parquet anywhere below the folder."""
+    found = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
+    return [path for path in found if path.name.startswith(("train", "test"))]
 
 
 def _cifar100_parquet(folder: Path) -> ImageData:
@@ -178,7 +181,7 @@ def _cifar100_parquet(folder: Path) -> ImageData:
             largest_class=CIFAR100_LARGEST,
         )
 
-    return _cached(_sha256_of_files(halves["train"] + halves["test"]), decode)
+    return _cached(_sha256_of_files(files, folder), decode)
 
 
 def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -191,17 +194,19 @@ def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str,
             table = pyarrow.parquet.read_table(path, columns=["img", "fine_label"])
             column, fine = table["img"], table["fine_label"].to_pylist()
             encoded = [cell["bytes"] for cell in column.to_pylist()]
-        except (pyarrow.ArrowException, OSError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+        except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{path}: not a parquet file of CIFAR-100 ({reason})") from None
         for row, label in enumerate(fine):
-            if not isinstance(label, int) or not 0 <= label < CIFAR100_CLASSES:
+            if type(label) is not int or not 0 <= label < CIFAR100_CLASSES:
                 raise DataError(f"{path}: row {row}: fine_label={label} is not in 0..99")
         labels += fine
         names = names or _names_in_schema(table.schema.metadata)
         for row, data in enumerate(_progress(encoded, f"decoding {path.name}")):
-            image = _decode(BytesIO(data or b""), f"{path}: row {row}", exactly=SIZE)
-            images.append(image)
+            where = f"{path}: row {row}"
+            if not isinstance(data, bytes):
+                raise DataError(f"{where}: img.bytes holds no bytes")
+            images.append(_decode(BytesIO(data), where, exactly=SIZE))
     names = names or tuple(f"class {c}" for c in range(CIFAR100_CLASSES))
     if not images:
         raise DataError(f"{paths[0]}: holds no image")
@@ -270,12 +275,12 @@ def folder_images(folder: Path) -> ImageData:
         )
 
     in_order = [path for found in files.values() for path, _ in found]
-    return _cached(_sha256_of_files(in_order, relative_to=folder), decode)
+    return _cached(_sha256_of_files(in_order, folder), decode)
 
 
 def _decode(file: BytesIO | Path, where: str, exactly: int | None = None) -> np.ndarray:
     """uint8 [32, 32, 3] of an image file; resized unless it must have one size exactly."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(file) as image:
@@ -288,7 +293,9 @@ def _decode(file: BytesIO | Path, where: str, exactly: int | None = None) -> np.
             if image.size != (SIZE, SIZE):
                 image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
             return np.asarray(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: not a readable image ({type(error).__name__})") from None
 
 
@@ -385,12 +392,13 @@ def _fingerprint(arrays: Iterable[np.ndarray], class_names: Iterable[str]) -> st
     return digest.hexdigest()
 
 
-def _sha256_of_files(paths: list[Path], relative_to: Path | None = None) -> str:
+def _sha256_of_files(paths: list[Path], folder: Path) -> str:
+    """Over the names below `folder`, which say what is train and what is test, and the contents."""
     digest = hashlib.sha256()
     try:
         for path in paths:
-            if relative_to:
-                digest.update(str(path.relative_to(relative_to)).encode(errors="surrogateescape"))
+            name = str(path.relative_to(folder)).encode(errors="surrogateescape")
+            digest.update(len(name).to_bytes(4, "big") + name)
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
@@ -433,15 +441,13 @@ def _read_entry(entry: Path) -> ImageData | None:
 def _write_entry(entry: Path, images: ImageData) -> None:
     meta = {k: v for k, v in vars(images).items() if k not in ARRAYS}
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
-        try:
-            arrays = {name: getattr(images, name) for name in ARRAYS}
-            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
-            file.close()
-            os.replace(file.name, entry)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    scratch = entry.with_name(f"{entry.name}.{os.getpid()}.tmp.npz")
+    try:
+        arrays = {name: getattr(images, name) for name in ARRAYS}
+        np.savez(scratch, meta=np.array(json.dumps(meta)), **arrays)
+        os.replace(scratch, entry)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _progress(items: list, what: str) -> Iterable:

@@ -33,8 +33,9 @@ class Splits:
 
     @property
     def sha256(self) -> str:
+        """Of what the splits are: which images, by the source's fingerprint, fall in which."""
         content = {
-            "settings": {k: v for k, v in self.settings.items() if k != "source"},
+            "fingerprint": self.settings["fingerprint"],
             "indices": {name: self.indices[name].tolist() for name in SPLITS},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

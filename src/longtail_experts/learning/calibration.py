@@ -37,15 +37,18 @@ def deployment_scores(
 
     A class with q = 0 gets the score -inf. Saerens et al. (2002); Menon et al. (2021), eq. 9.
     """
-    return scores(logits, temperature, log_offset) + deployment.double().log() - prior.log()
+    return scores(logits, temperature, log_offset) + (
+        deployment.double().log() - prior.double().log()
+    )
 
 
 def slope_per_image(logits: Tensor, targets: Tensor, log_offset: Tensor, log_t: float) -> Tensor:
     """d NLL_i / d log T, float64 [N]: (f_target - E_p[f]) / T with p = softmax(f / T + offset)."""
     logits = logits.double()
     p = scores(logits, float(np.exp(log_t)), log_offset).softmax(1)
-    surprise = logits.gather(1, targets[:, None]).squeeze(1) - (p * logits).sum(1)
-    return surprise / float(np.exp(log_t))
+    # The difference is taken inside the sum: outside it, rounding could turn the sign.
+    margin = logits.gather(1, targets[:, None]) - logits
+    return (p * margin).sum(1) / float(np.exp(log_t))
 
 
 def fit_temperature(

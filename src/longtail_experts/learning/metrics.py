@@ -49,8 +49,8 @@ def balanced_accuracy_standard_error(
 ) -> float:
     """Standard error of the mean of per-class recalls, from the images drawn of each class.
 
-    sqrt(sum_c p_c (1 - p_c) / n_c) / C with p_c = (hits + 1) / (n_c + 2), Agresti and Coull's
-    midpoint: the plain p_c would give a class with one image no error at all.
+    sqrt(sum_c p_c (1 - p_c) / n_c) / C with p_c = (hits + 1) / (n_c + 2), Laplace's rule of
+    succession: the plain p_c would give a class with one image no error at all.
     """
     recall, total = per_class_recall(predictions, targets, num_classes)
     chosen = total > 0 if classes is None else (total > 0) & classes

@@ -1,6 +1,7 @@
 """One optimiser step, one epoch of them, and the forward pass that turns images into logits."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +59,12 @@ def train_step(
     """
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = state.model(images)
-    loss = shifted_cross_entropy(logits, targets, shift)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    with exact_float32():
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = state.model(images)
+        loss = shifted_cross_entropy(logits, targets, shift)
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
     state.optimizer.step()
     state.step += 1
     return loss.detach()
@@ -106,6 +108,11 @@ def _require_finite(losses: list[Tensor], first_step: int, lr_at: Callable[[int]
         )
 
 
+def exact_float32() -> AbstractContextManager[None]:
+    """Convolutions on a GPU in float32 as it is written, not in TF32's ten bits of mantissa."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 @torch.inference_mode()
 def predict_logits(
     model: nn.Module, batches: Iterable[Tensor], on_batch: Callable[[int], None] = lambda n: None
@@ -117,7 +124,8 @@ def predict_logits(
     """
     model.eval()
     logits = []
-    for images in batches:
-        logits.append(model(images).float())
-        on_batch(len(images))
+    with exact_float32():
+        for images in batches:
+            logits.append(model(images).float())
+            on_batch(len(images))
     return torch.cat(logits).cpu()

@@ -1,5 +1,7 @@
 """Entry point `calibrate`: everything after training, into the training run."""
 
+import math
+
 import torch
 import yaml
 from torch import Tensor, nn
@@ -167,7 +169,7 @@ def test_metrics(
     metrics["test_balanced/prior_weighted_accuracy"] = prior_weighted_accuracy(
         logits["test_balanced"], targets["test_balanced"], pool_prior
     )
-    return metrics
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def last_accuracy(run_: Run, config: Config, data: Dataset) -> float:

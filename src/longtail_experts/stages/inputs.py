@@ -28,11 +28,12 @@ def load_dataset(config: Config) -> Dataset:
         images_per_class=config.images_per_class,
         split_seed=config.split_seed,
     )
-    for name in ("calib", "test_lt"):
+    for name in ("calib", "test_lt", "test_balanced"):
         if len(splits.indices[name]) == 0:
             raise DataError(
-                f"split {name} would be empty: {sum(splits.pool_counts)} pool images of "
-                f"{len(images.class_names)} classes are too few"
+                f"split {name} would be empty: {sum(splits.pool_counts)} pool images and "
+                f"{len(images.test_labels)} test images of {len(images.class_names)} classes are "
+                "too few"
             )
     return Dataset(images, splits)
 

@@ -3,13 +3,18 @@
 The one stage made of others: it is `train` followed by `calibrate` and nothing else.
 """
 
+import logging
+
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
+from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages.calibrate import calibrate_expert
 from longtail_experts.stages.inputs import for_one_expert
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
-from longtail_experts.tracking.runs import Run
+from longtail_experts.tracking.runs import Run, RunError
+
+log = logging.getLogger(__name__)
 
 
 class ExpertsFailedError(RuntimeError):
@@ -40,6 +45,8 @@ def run_all(config: Config, data: Dataset) -> str:
             try:
                 children[loss] = run_one(config, data, loss, parent)
             except Exception as error:
+                foreseen = isinstance(error, NonFiniteLossError | RunError)
+                log.error("%s failed: %s", loss, error, exc_info=not foreseen)
                 failures[loss] = error
         experts.describe_parent(parent, config, children, failures)
         if failures:

@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -65,57 +66,77 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
     lr_steps = steps_worth_logging(
         warmup_steps=config.warmup_steps, steps_per_epoch=steps_per_epoch, epochs=config.epochs
     )
-    bar = tqdm(
+    selection = Selection(config.early_stopping_patience, last_milestone(config))
+    validation: dict[str, float] = {}
+    with progress_bar(config, steps_per_epoch) as bar:
+        for epoch in range(config.epochs):
+            draws = draw_epoch(num_images, config.expert_seed, epoch, config.device)
+            first_step, started = state.step, time.perf_counter()
+            mean_loss = train_epoch(
+                state,
+                augmented_batches(padded, targets, draws, config.batch_size),
+                shift=shift,
+                lr_at=lr_of,
+                precision=config.precision,
+                on_step=bar.update,
+            )
+            seconds = time.perf_counter() - started
+            step, is_last = state.step - 1, epoch == config.epochs - 1
+            points = [("lr", lr_of(s), s) for s in lr_steps if first_step <= s < state.step]
+            points += [
+                ("epoch", epoch, step),
+                ("train/loss", mean_loss, step),
+                ("train/images_per_second", num_images / seconds, step),
+            ]
+            if is_last or (epoch + 1) % config.validation_every == 0:
+                validation = validate(state, config, data)
+                points += [(f"val/{name}", value, step) for name, value in validation.items()]
+                if selection.chooses(validation["balanced_accuracy"], epoch, step):
+                    save_checkpoint(run_, "best", weights_at(state, epoch))
+            run_.log_points(points)
+            show(bar, lr_of(step), mean_loss, validation)
+            if is_last or selection.is_over or (epoch + 1) % config.checkpoint_every == 0:
+                save_checkpoint(run_, "last", last_checkpoint(state, epoch, selection))
+            if selection.is_over:
+                break
+    best = selection.best
+    run_.log_metrics({f"best/{name}": value for name, value in best.items()}, best["step"])
+    run_.set_tags({"training": "early_stopped" if selection.is_over else "complete"})
+
+
+@dataclass
+class Selection:
+    """Which checkpoint is best by balanced accuracy on val_lt (ties: the later), and when no
+    better one is waited for any longer."""
+
+    patience: int | None
+    starts_at: int  # epoch from which validations without a better one are counted
+    best: dict[str, Any] = field(default_factory=dict)
+    without_better: int = 0
+
+    def chooses(self, balanced_accuracy: float, epoch: int, step: int) -> bool:
+        """Whether this validation is the best so far."""
+        so_far = self.best.get("val_balanced_accuracy", -math.inf)
+        if epoch >= self.starts_at:
+            self.without_better = 0 if balanced_accuracy > so_far else self.without_better + 1
+        if balanced_accuracy < so_far:
+            return False
+        self.best = {"epoch": epoch, "step": step, "val_balanced_accuracy": balanced_accuracy}
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        return self.patience is not None and self.without_better >= self.patience
+
+
+def progress_bar(config: Config, steps_per_epoch: int) -> tqdm:
+    return tqdm(
         total=config.epochs * steps_per_epoch,
         desc=f"train {config.loss}",
         unit="step",
         mininterval=1 if sys.stderr.isatty() else 30,
         dynamic_ncols=True,
     )
-    best: dict[str, Any] | None = None
-    without_better, validation = 0, {}
-    for epoch in range(config.epochs):
-        draws = draw_epoch(num_images, config.expert_seed, epoch, config.device)
-        first_step, started = state.step, time.perf_counter()
-        mean_loss = train_epoch(
-            state,
-            augmented_batches(padded, targets, draws, config.batch_size),
-            shift=shift,
-            lr_at=lr_of,
-            precision=config.precision,
-            on_step=bar.update,
-        )
-        seconds = time.perf_counter() - started
-        step, last_epoch = state.step - 1, epoch == config.epochs - 1
-        points = [("lr", lr_of(s), s) for s in lr_steps if first_step <= s < state.step]
-        points += [
-            ("epoch", epoch, step),
-            ("train/loss", mean_loss, step),
-            ("train/images_per_second", num_images / seconds, step),
-        ]
-        stop = False
-        if (epoch + 1) % config.validation_every == 0 or last_epoch:
-            validation = validate(state, config, data)
-            points += [(f"val/{name}", value, step) for name, value in validation.items()]
-            balanced = validation["balanced_accuracy"]
-            better = best is None or balanced > best["val_balanced_accuracy"]
-            if best is None or balanced >= best["val_balanced_accuracy"]:
-                best = {"epoch": epoch, "step": step, "val_balanced_accuracy": balanced}
-                weights = {"model": weights_of(state.model), "epoch": epoch, "step": step}
-                save_checkpoint(run_, "best", weights)
-            if epoch >= last_milestone(config):
-                without_better = 0 if better else without_better + 1
-            patience = config.early_stopping_patience
-            stop = patience is not None and without_better >= patience
-        run_.log_points(points)
-        show(bar, lr_of(step), mean_loss, validation)
-        if last_epoch or stop or (epoch + 1) % config.checkpoint_every == 0:
-            save_checkpoint(run_, "last", last_checkpoint(state, epoch, best, without_better))
-        if stop:
-            break
-    bar.close()
-    run_.log_metrics({f"best/{name}": value for name, value in best.items()}, best["step"])
-    run_.set_tags({"training": "early_stopped" if stop else "complete"})
 
 
 def schedule_of(config: Config, steps_per_epoch: int) -> partial:
@@ -148,18 +169,18 @@ def validate(state: TrainState, config: Config, data: Dataset) -> dict[str, floa
     return {"loss": float(loss), **values}
 
 
-def last_checkpoint(
-    state: TrainState, epoch: int, best: dict[str, Any], without_better: int
-) -> dict[str, Any]:
+def weights_at(state: TrainState, epoch: int) -> dict[str, Any]:
+    return {"model": weights_of(state.model), "epoch": epoch, "step": state.step - 1}
+
+
+def last_checkpoint(state: TrainState, epoch: int, selection: Selection) -> dict[str, Any]:
     """Everything that training depends on beyond the config: tensors and plain values."""
     return {
-        "model": weights_of(state.model),
-        "epoch": epoch,
-        "step": state.step - 1,
+        **weights_at(state, epoch),
         "optimizer": state.optimizer.state_dict(),
         "rng": {"torch": torch.get_rng_state()},
-        "best": best,
-        "validations_without_better": without_better,
+        "best": selection.best,
+        "validations_without_better": selection.without_better,
     }
 
 

@@ -11,7 +11,9 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 HEAD, TAIL, ALL, BEFORE = "#0072B2", "#D55E00", "#000000", "#999999"
 STYLE = {
@@ -26,9 +28,15 @@ STYLE = {
 
 
 def _axes(columns: int = 1, width: float = 7.0, height: float = 4.0) -> tuple[Figure, list[Axes]]:
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
+    plt.rcParams.update(STYLE)
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
     return figure, list(axes[0])
+
+
+def _plain_numbers_on_log_axis(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -91,7 +99,8 @@ def per_class_accuracy(
         title="Per-class accuracy against class frequency",
         ylim=(-3, 103),
     )
-    axes.legend()
+    _plain_numbers_on_log_axis(axes.xaxis)
+    axes.legend(loc="upper left")
     _save(figure, path)
 
 
@@ -147,5 +156,6 @@ def split_counts(
             ylabel="images (0 drawn at 0.5)",
             title=f"Splits {title}",
         )
+        _plain_numbers_on_log_axis(ax.yaxis)
         ax.legend()
     _save(figure, path)

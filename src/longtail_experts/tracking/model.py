@@ -1,5 +1,6 @@
 """The calibrated expert as an MLflow model: uint8 images in, probabilities out."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,7 +75,9 @@ def _save_model(path: str, mlflow_model: Model, prior: list[float], **arguments)
     MLflow's loader would pass params on to the exported program, which takes images alone, and
     refuses a program exported on a CPU on a machine that has a GPU.
     """
-    mlflow.pytorch.save_model(path=path, mlflow_model=mlflow_model, **arguments)
+    with warnings.catch_warnings():  # of torch.export about weights that share storage; none do
+        warnings.filterwarnings("ignore", message="No complete tensor found")
+        mlflow.pytorch.save_model(path=path, mlflow_model=mlflow_model, **arguments)
     pyfunc = mlflow_model.flavors["python_function"]
     pyfunc["loader_module"] = Path(served_expert.__file__).stem
     pyfunc["config"] = {"prior": prior}

@@ -179,7 +179,11 @@ def start_run(name: str, tags: Mapping[str, str], parent: Run | None = None) -> 
 
     Under `mlflow run` the launcher has created it already; else a new one is created.
     """
-    active = mlflow.start_run(nested=parent is not None, parent_run_id=parent and parent.run_id)
+    try:
+        active = mlflow.start_run(nested=parent is not None, parent_run_id=parent and parent.run_id)
+    except MlflowException as error:
+        uri = mlflow.get_tracking_uri()
+        raise RunError(f"no run can be started in {uri}: {_first_line(error)}") from None
     run, status = Run(active.info.run_id), "FAILED"
     try:
         _require_usable_artifact_root(run)

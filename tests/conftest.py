@@ -1,0 +1,135 @@
+"""Shared by all tests: stores that open at once, tiny data, one finished expert."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ["LONGTAIL_OFFLINE"] = "1"
+
+CLASS_COUNTS = {"ant": 60, "bee": 40, "cat": 28, "dog": 16, "eel": 6}
+TINY_EXPERT = {
+    "source": "images",
+    "imbalance_profile": "natural",
+    "epochs": "6",
+    "batch_size": "16",
+    "lr": "0.05",
+    "milestones": "4",
+    "warmup_steps": "4",
+    "validation_every": "2",
+    "checkpoint_every": "4",
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+def pytest_collection_modifyitems(items):
+    missing = {
+        "real": None if os.environ.get("LONGTAIL_DATA_DIR") else "LONGTAIL_DATA_DIR is not set",
+        "gpu": None if _has_gpu() else "no CUDA device",
+        "browser": None if shutil.which("chromium") else "no chromium on PATH",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def real_data_dir() -> str:
+    return os.environ["LONGTAIL_DATA_DIR"]
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory) -> Path:
+    """An empty store; opening a copy takes milliseconds where creating one takes seconds."""
+    folder = tmp_path_factory.mktemp("migrated")
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(f"sqlite:///{folder / 'mlflow.db'}", str(folder / "mlruns"))
+    return folder / "mlflow.db"
+
+
+def use_store(folder: Path, database: Path, monkeypatch) -> Path:
+    """Make `folder` the working folder, with a store of its own where MLflow looks by default."""
+    import mlflow
+
+    shutil.copy(database, folder / "mlflow.db")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.setenv("LONGTAIL_CACHE_DIR", str(folder / ".cache"))
+    mlflow.tracking.fluent._active_experiment_id = None
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path, migrated_database, monkeypatch) -> Path:
+    return use_store(tmp_path, migrated_database, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """Five classes of noisy coloured squares, 60 ... 6 to train and 20 each to test."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.RandomState(0)
+    for c, (name, count) in enumerate(CLASS_COUNTS.items()):
+        colour = random.randint(60, 200, (4, 4, 3)).repeat(8, 0).repeat(8, 1)
+        for half, number in (("train", count), ("test", 20)):
+            (folder / half / name).mkdir(parents=True)
+            for i in range(number):
+                noise = random.randint(-90, 90, (32, 32, 3))
+                pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / half / name / f"{c}-{i:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(image_folder) -> list[str]:
+    fields = {**TINY_EXPERT, "data_dir": str(image_folder), "config": "cifar100_lt"}
+    return [part for name, value in fields.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def three_experts(tmp_path_factory, migrated_database, tiny_arguments) -> dict[str, str]:
+    """One store with `main loss=all` in it: folder, parent and child run ids by loss."""
+    import mlflow
+
+    from longtail_experts.cli import main
+
+    folder = tmp_path_factory.mktemp("three-experts")
+    with pytest.MonkeyPatch.context() as patch:
+        use_store(folder, migrated_database, patch)
+        assert main(["main", "--loss", "all", *tiny_arguments]) == 0
+        runs = mlflow.MlflowClient().search_runs([_experiment()])
+    found = {"folder": str(folder)}
+    for run in runs:
+        found[run.data.tags.get("expert", run.data.tags["stage"])] = run.info.run_id
+    return found
+
+
+def _experiment() -> str:
+    import mlflow
+
+    return mlflow.get_experiment_by_name("tests").experiment_id
+
+
+@pytest.fixture
+def finished(three_experts, tmp_path, monkeypatch) -> dict[str, str]:
+    """The finished experts, seen from an empty working folder; not to be changed."""
+    monkeypatch.chdir(tmp_path)
+    database = Path(three_experts["folder"]) / "mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+    return three_experts

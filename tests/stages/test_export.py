@@ -1,0 +1,110 @@
+"""The tree that AR-GSE reads: names, dtypes, shapes, row order."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longtail_experts import load_expert_logits
+from longtail_experts.cli import main
+from longtail_experts.learning.resnet import ResNet32
+from longtail_experts.stages import export
+from longtail_experts.tracking.runs import RunError
+
+NAMES = {"ce": "ce", "logit_adjust": "logitadjust", "balanced_softmax": "balsoftmax"}
+SPLITS = ("train", "tuneV", "val_small", "calib", "val_lt", "test_lt")
+
+
+def test_the_tree_that_argse_reads(finished, tmp_path, caplog):
+    ids = ",".join(finished[loss] for loss in NAMES)
+    assert main(["export", "--run_ids", ids, "--out", str(tmp_path / "out")]) == 0
+    out, name = tmp_path / "out", "images_natural"
+    expected = {f"data/{name}_splits/{s}_{w}.json" for s in SPLITS for w in ("indices", "targets")}
+    expected |= {f"data/{name}_splits/index_space.json"}
+    for label in NAMES.values():
+        expected |= {f"outputs/logits/{name}/{label}_baseline/{s}_logits.pt" for s in SPLITS}
+        expected |= {
+            f"checkpoints/experts/{name}/{kind}_{label}_baseline.pth"
+            for kind in ("best", "final_calibrated")
+        }
+    assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == expected
+    assert sum("not in torchvision's order" in r.message for r in caplog.records) == 1
+
+    for loss, label in NAMES.items():
+        expert = load_expert_logits(finished[loss])
+        for split in SPLITS:
+            path = out / f"outputs/logits/{name}/{label}_baseline/{split}_logits.pt"
+            logits = torch.load(path, weights_only=True)
+            stored = expert.splits[split]
+            assert (logits.dtype, tuple(logits.shape)) == (torch.float16, stored.logits.shape)
+            expected_values = (stored.logits / np.float32(expert.temperature)).astype(np.float16)
+            np.testing.assert_array_equal(logits.numpy(), expected_values)
+            indices = json.loads((out / f"data/{name}_splits/{split}_indices.json").read_text())
+            assert indices == stored.indices.tolist()
+        for kind, temperature in (("best", 1.0), ("final_calibrated", expert.temperature)):
+            path = out / f"checkpoints/experts/{name}/{kind}_{label}_baseline.pth"
+            weights = torch.load(path, weights_only=True)
+            assert {value.dtype for value in weights.values()} == {torch.float32}
+            assert weights["temperature"].shape == (1,)
+            assert float(weights.pop("temperature")) == pytest.approx(temperature, rel=1e-6)
+            ResNet32(5).load_state_dict(weights)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "name"),
+    [
+        ({"imbalance_profile": "exp", "imbalance_factor": 100.0}, "cifar100_lt_if100"),
+        ({"imbalance_profile": "exp", "imbalance_factor": 10.0}, "cifar100_lt_if10"),
+        ({"imbalance_profile": "step", "imbalance_factor": 50.0}, "cifar100_lt_step_if50"),
+        ({"imbalance_profile": "natural", "imbalance_factor": None}, "cifar100_natural"),
+    ],
+)
+def test_names_of_data_sets(manifest, name):
+    assert export.dataset_name({"source": "cifar100", **manifest}) == name
+
+
+def test_refusals_come_before_anything_is_written(finished, tmp_path, capfd):
+    out = tmp_path / "out"
+
+    def refused(ids: str, folder: Path = out) -> str:
+        capfd.readouterr()
+        assert main(["export", "--run_ids", ids, "--out", str(folder)]) == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        return line
+
+    ce = finished["ce"]
+    assert "two runs of loss ce" in refused(f"{ce},{ce}")
+    assert "not found" in refused("nosuchrun")
+    assert "is not the run of an expert" in refused(finished["all"])
+    assert "run_ids" in refused(" , ")
+    assert not out.exists()
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(ce, tmp_path / "file" / "out")
+
+
+def test_experts_of_different_splits_are_refused(finished, tmp_path, monkeypatch):
+    from longtail_experts.tracking.runs import Run
+
+    monkeypatch.setattr(Run, "params", property(lambda self: {"splits_sha256": self.run_id}))
+    with pytest.raises(RunError, match="different splits"):
+        export.run([finished["ce"], finished["logit_adjust"]], tmp_path)
+
+
+def test_values_beyond_float16_are_refused(finished, monkeypatch):
+    expert = load_expert_logits(finished["ce"])
+    object.__setattr__(expert, "temperature", 1e-6)
+    with pytest.raises(RunError, match="beyond float16's 65504"):
+        export.half_precision_logits(expert)
+
+
+def test_a_failed_write_leaves_no_file(finished, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        export.run([finished["ce"]], tmp_path)
+    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("*.json"))

@@ -1,0 +1,236 @@
+"""One finished `main loss=all`: names are a contract, and figures follow from the logits."""
+
+import json
+import math
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from conftest import CLASS_COUNTS, TINY_EXPERT
+from mlflow import MlflowClient
+from scipy.special import log_softmax
+from sklearn.metrics import balanced_accuracy_score
+
+from longtail_experts import load_expert_logits
+from longtail_experts.cli import main
+from longtail_experts.config import Config
+from longtail_experts.stages import main as main_stage
+
+LOSSES = ("ce", "logit_adjust", "balanced_softmax")
+SPLITS = ("train", "tuneV", "val_small", "calib", "val_lt", "test_lt", "test_balanced")
+ACCURACIES = {"accuracy", "balanced_accuracy", "head_accuracy", "tail_accuracy"}
+ACCURACIES |= {"medium_accuracy", "few_accuracy"}  # no class of the tiny folder has over 100
+SCORES = {f"{group}{score}" for group in ("", "head_", "tail_") for score in ("nll", "brier")}
+SCORES |= {"ece"}  # head_ece and tail_ece exist where the group is ever predicted
+METRICS = (
+    {"lr", "epoch", "train/loss", "train/images_per_second", "val/loss"}
+    | {f"best/{name}" for name in ("epoch", "step", "val_balanced_accuracy")}
+    | {f"val/{name}" for name in ACCURACIES}
+    | {"temperature", "temperature_low", "temperature_high", "temperature_at_bound"}
+    | {f"{split}/{name}" for split in ("test_lt", "test_balanced") for name in ACCURACIES}
+    | {
+        f"{split}/{name}{end}"
+        for split in ("test_lt", "test_balanced")
+        for name in SCORES
+        for end in ("", "_uncalibrated")
+    }
+    | {
+        f"{split}/adjusted_{name}"
+        for split in ("test_lt", "test_balanced")
+        for name in ("accuracy", "balanced_accuracy")
+    }
+    | {"test_balanced/prior_weighted_accuracy", "test_balanced/balanced_accuracy_last"}
+)
+MAY_BE_ABSENT = {
+    f"{split}/{group}_ece{end}"
+    for split in ("test_lt", "test_balanced")
+    for group in ("head", "tail")
+    for end in ("", "_uncalibrated")
+}
+ARTIFACTS = (
+    {"config.yaml", "report.md", "tables/per_class.json", "tables/lr_schedule.csv"}
+    | {"splits/manifest.json", "logits/manifest.json"}
+    | {f"splits/{split}_indices.json" for split in SPLITS}
+    | {f"logits/{split}.npz" for split in SPLITS}
+    | {f"checkpoints/{name}.pt" for name in ("best", "final_calibrated", "last")}
+    | {
+        f"figures/{name}.png"
+        for name in ("lr_schedule", "learning_curves", "per_class_accuracy", "reliability")
+    }
+)
+
+
+def artifacts(run_id: str, folder: str = "") -> set[str]:
+    found = set()
+    for item in MlflowClient().list_artifacts(run_id, folder):
+        found |= artifacts(run_id, item.path) if item.is_dir else {item.path}
+    return found
+
+
+def read_json(run_id: str, path: str):
+    return json.loads(
+        Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path)).read_text()
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_expert_run_holds_everything(finished, loss):
+    run = MlflowClient().get_run(finished[loss])
+    assert run.info.status == "FINISHED"
+    assert set(run.data.metrics) - MAY_BE_ABSENT == METRICS
+    assert artifacts(finished[loss]) == ARTIFACTS
+    assert set(run.data.params) == set(Config.model_fields) | {"splits_sha256", "num_parameters"}
+    tags = run.data.tags
+    assert (tags["stage"], tags["expert"], tags["data.source"]) == ("main", loss, "images")
+    assert (tags["device"], tags["precision"]) == ("cpu", "fp32")
+    assert tags["mlflow.note.content"].startswith(f"## {loss}")
+    assert tags["mlflow.parentRunId"] == finished["all"]
+    for name, value in TINY_EXPERT.items():
+        assert run.data.params[name] == value
+
+
+def test_the_parent_holds_a_table_of_its_experts(finished):
+    parent = MlflowClient().get_run(finished["all"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["stage"] == "all"
+    assert "expert" not in parent.data.tags
+    for loss in LOSSES:
+        assert finished[loss] in parent.data.tags["mlflow.note.content"]
+
+
+def test_experts_differ_in_seed_even_where_their_loss_is_the_same_function(finished):
+    params = [MlflowClient().get_run(finished[loss]).data.params for loss in LOSSES]
+    assert len({p["expert_seed"] for p in params}) == 3
+    assert len({p["splits_sha256"] for p in params}) == 1
+    first, second = (
+        load_expert_logits(finished[loss]).splits["calib"].logits for loss in LOSSES[1:]
+    )
+    assert not np.allclose(first, second)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logged_figures_follow_from_the_exported_logits(finished, loss):
+    metrics = MlflowClient().get_run(finished[loss]).data.metrics
+    expert = load_expert_logits(finished[loss])
+    for split in ("test_lt", "test_balanced", "val_lt"):
+        stored = expert.splits[split]
+        balanced = balanced_accuracy_score(stored.targets, stored.logits.argmax(1))
+        logged = metrics[
+            "best/val_balanced_accuracy" if split == "val_lt" else f"{split}/balanced_accuracy"
+        ]
+        assert logged == pytest.approx(balanced, abs=1e-12)
+    stored = expert.splits["test_balanced"]
+    for temperature, end in ((expert.temperature, ""), (1.0, "_uncalibrated")):
+        scores = stored.logits.astype(np.float64) / temperature
+        scores += expert.log_offset - np.log(expert.prior)
+        log_p = log_softmax(scores, axis=1)
+        nll = -log_p[np.arange(len(log_p)), stored.targets].mean()
+        assert metrics[f"test_balanced/nll{end}"] == pytest.approx(nll, abs=1e-9)
+        if not end:
+            adjusted = balanced_accuracy_score(stored.targets, log_p.argmax(1))
+            assert metrics["test_balanced/adjusted_balanced_accuracy"] == pytest.approx(adjusted)
+
+
+def test_tables_agree_with_metrics_and_splits(finished):
+    run_id = finished["ce"]
+    metrics = MlflowClient().get_run(run_id).data.metrics
+    table = read_json(run_id, "tables/per_class.json")
+    assert [row["name"] for row in table] == list(CLASS_COUNTS)
+    assert [row["pool_images"] for row in table] == list(CLASS_COUNTS.values())
+    assert [row["head_tail"] for row in table] == ["head"] * 3 + ["tail"] * 2
+    assert [row["many_medium_few"] for row in table] == ["medium"] * 3 + ["few"] * 2
+    recalls = [row["recall_test_balanced"] for row in table]
+    assert np.mean(recalls) == pytest.approx(metrics["test_balanced/balanced_accuracy"])
+    assert np.mean(recalls[3:]) == pytest.approx(metrics["test_balanced/tail_accuracy"])
+    manifest = read_json(run_id, "splits/manifest.json")
+    for split in ("val_lt", "test_lt", "test_balanced"):
+        counts = [row[f"n_{split}"] for row in table]
+        assert counts == manifest["splits"][split]["class_counts"]
+    for split in SPLITS:
+        indices = read_json(run_id, f"splits/{split}_indices.json")
+        assert indices == sorted(indices)
+        assert len(indices) == manifest["splits"][split]["size"]
+        stored = load_expert_logits(run_id).splits[split]
+        assert stored.indices.tolist() == indices
+
+
+def test_learning_rate_is_logged_in_warm_up_and_then_by_epoch(finished):
+    history = MlflowClient().get_metric_history(finished["ce"], "lr")
+    points = {point.step: point.value for point in history}
+    steps_per_epoch = math.ceil(120 / 16)
+    assert sorted(points) == [
+        0,
+        1,
+        2,
+        3,
+        *range(steps_per_epoch, 6 * steps_per_epoch, steps_per_epoch),
+    ]
+    assert points[0] == pytest.approx(0.05 / 4)
+    assert points[3 * steps_per_epoch] == pytest.approx(0.05)
+    assert points[4 * steps_per_epoch] == pytest.approx(0.005)
+    assert len(history) == len(points)
+
+
+def test_steps_of_metrics_are_those_of_the_optimiser(finished):
+    client, run_id = MlflowClient(), finished["ce"]
+    losses = client.get_metric_history(run_id, "train/loss")
+    assert [point.step for point in losses] == [7, 15, 23, 31, 39, 47]
+    validations = client.get_metric_history(run_id, "val/balanced_accuracy")
+    assert [point.step for point in validations] == [15, 31, 47]
+    best = max(point.value for point in validations)
+    metrics = client.get_run(run_id).data.metrics
+    assert metrics["best/val_balanced_accuracy"] == best
+    last_of_best = max(point.step for point in validations if point.value == best)
+    assert metrics["best/step"] == last_of_best
+    assert metrics["best/epoch"] == last_of_best // 8
+
+
+def test_checkpoints_hold_plain_float32(finished):
+    def load(name: str) -> dict:
+        path = mlflow.artifacts.download_artifacts(
+            run_id=finished["ce"], artifact_path=f"checkpoints/{name}.pt"
+        )
+        return torch.load(path, weights_only=True)
+
+    best, final, last = load("best"), load("final_calibrated"), load("last")
+    assert set(best) == {"model", "epoch", "step"}
+    assert set(final) == {*best, "temperature", "tau", "log_offset", "prior"}
+    assert set(last) >= {"model", "epoch", "step", "optimizer", "rng"}
+    for content in (best, final, last):
+        assert {tensor.dtype for tensor in content["model"].values()} == {torch.float32}
+    assert all(torch.equal(best["model"][name], final["model"][name]) for name in best["model"])
+    assert (last["epoch"], last["step"]) == (5, 47)
+
+
+def test_the_child_of_all_equals_the_expert_trained_alone(store, three_experts, tiny_arguments):
+    assert main(["main", "--loss", "ce", *tiny_arguments]) == 0
+    alone = MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])[0]
+    assert "mlflow.parentRunId" not in alone.data.tags
+    theirs = Path(three_experts["folder"]).glob(
+        f"mlruns/*/{three_experts['ce']}/artifacts/logits/*"
+    )
+    ours = next(store.glob(f"mlruns/*/{alone.info.run_id}/artifacts/logits"))
+    for path in theirs:
+        assert path.read_bytes() == (ours / path.name).read_bytes(), path.name
+
+
+def test_one_failed_child_does_not_stop_the_others(store, tiny_arguments, monkeypatch, capfd):
+    def train(run, config, data):
+        if config.loss == "logit_adjust":
+            raise main_stage.NonFiniteLossError("loss is not finite at step 3 (lr 0.4)")
+
+    monkeypatch.setattr(main_stage, "train_expert", train)
+    monkeypatch.setattr(main_stage, "calibrate_expert", lambda *arguments: None)
+    monkeypatch.setattr(main_stage.experts, "describe_parent", lambda *arguments: None)
+    assert main(["main", "--loss", "all", *tiny_arguments]) == 1
+    runs = MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])
+    status = {run.data.tags.get("expert", "all"): run.info.status for run in runs}
+    assert status == {
+        "ce": "FINISHED",
+        "logit_adjust": "FAILED",
+        "balanced_softmax": "FINISHED",
+        "all": "FAILED",
+    }
+    assert "error: of loss=all failed logit_adjust: loss is not finite" in capfd.readouterr().err

@@ -1,0 +1,107 @@
+"""`train` on one day and `calibrate` on another give what `main` gives in one go."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from longtail_experts import load_expert_logits
+from longtail_experts.cli import main
+from longtail_experts.tracking.runs import RunError
+
+
+def only_run() -> mlflow.entities.Run:
+    experiment = mlflow.get_experiment_by_name("tests")
+    (run,) = MlflowClient().search_runs([experiment.experiment_id], "tags.stage != 'calibrate'")
+    return run
+
+
+@pytest.fixture
+def trained(store, tiny_arguments) -> mlflow.entities.Run:
+    assert main(["train", "--loss", "ce", *tiny_arguments]) == 0
+    return only_run()
+
+
+def artifact_folder(store: Path, run_id: str) -> Path:
+    return next(store.glob(f"mlruns/*/{run_id}/artifacts"))
+
+
+def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys):
+    run_id = trained.info.run_id
+    assert trained.data.tags["stage"] == "train"
+    assert not [name for name in trained.data.metrics if name.startswith(("test_", "temperature"))]
+    with pytest.raises(RunError, match="calibrate it first"):
+        load_expert_logits(run_id)
+
+    assert main(["calibrate", "--run_id", run_id]) == 0
+    calibrated = only_run()
+    assert calibrated.info.status == trained.info.status == "FINISHED"
+    assert calibrated.info.end_time == trained.info.end_time
+
+    ours = artifact_folder(store, run_id)
+    theirs = artifact_folder(Path(three_experts["folder"]), three_experts["ce"])
+    for path in (theirs / "logits").iterdir():
+        assert path.read_bytes() == (ours / "logits" / path.name).read_bytes(), path.name
+
+    experiment = mlflow.get_experiment_by_name("tests").experiment_id
+    (pointer,) = MlflowClient().search_runs([experiment], "tags.stage = 'calibrate'")
+    assert pointer.data.tags["source_run_id"] == run_id
+    assert not pointer.data.metrics
+    assert not MlflowClient().list_artifacts(pointer.info.run_id)
+
+    before = (calibrated.data.metrics, (ours / "report.md").stat().st_mtime_ns)
+    capsys.readouterr()
+    assert main(["calibrate", "--run_id", run_id]) == 0
+    assert "calibrated already" in capsys.readouterr().out
+    assert (only_run().data.metrics, (ours / "report.md").stat().st_mtime_ns) == before
+
+
+def test_calibrate_refuses_what_it_cannot_use(store, trained, tiny_arguments, capfd, tmp_path):
+    run_id = trained.info.run_id
+
+    def refused(*arguments: str) -> str:
+        capfd.readouterr()
+        assert main(["calibrate", *arguments]) == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        return line
+
+    assert "run_id=nosuchrun: not found" in refused("--run_id", "nosuchrun")
+    assert "epochs" in refused("--run_id", run_id, "--epochs", "3")
+    assert "batch_size=0" in refused("--run_id", run_id, "--batch_size", "0")
+    assert "train/<class>/" in refused("--run_id", run_id, "--data_dir", str(tmp_path))
+
+    artifacts = artifact_folder(store, run_id)
+    config = yaml.safe_load((artifacts / "config.yaml").read_text())
+    (artifacts / "config.yaml").write_text(yaml.safe_dump({**config, "split_seed": 1}))
+    assert "was trained on splits" in refused("--run_id", run_id)
+    (artifacts / "config.yaml").write_text(yaml.safe_dump(config))
+
+    damaged = (artifacts / "checkpoints/best.pt").read_bytes()[:1000]
+    (artifacts / "checkpoints/best.pt").write_bytes(damaged)
+    assert "checkpoints/best.pt is damaged" in refused("--run_id", run_id)
+    (artifacts / "checkpoints/best.pt").unlink()
+    assert "has no checkpoints/best.pt" in refused("--run_id", run_id)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(store, tiny_arguments, capfd):
+    arguments = [*tiny_arguments, "--lr", "100", "--warmup_steps", "0", "--weight_decay", "1"]
+    assert main(["train", "--loss", "ce", *arguments]) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "error: loss is not finite at step" in error
+    assert "lr 100" in error
+    assert "lower lr" in error
+    assert only_run().info.status == "FAILED"
+
+
+def test_early_stopping_counts_validations_after_the_last_milestone(store, tiny_arguments):
+    arguments = [*tiny_arguments, "--epochs", "30", "--validation_every", "1", "--milestones", "3"]
+    arguments += ["--lr", "0.000001", "--early_stopping_patience", "2"]
+    assert main(["train", "--loss", "ce", *arguments]) == 0
+    run = only_run()
+    assert run.data.tags["training"] == "early_stopped"
+    assert 4 <= run.data.metrics["epoch"] < 29
+    history = MlflowClient().get_metric_history(run.info.run_id, "val/balanced_accuracy")
+    values = [point.value for point in history]
+    assert max(values[-2:]) <= max(values[:-2])

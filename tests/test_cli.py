@@ -1,0 +1,121 @@
+"""Bad input: one line of ours, exit code 2, no store touched."""
+
+from pathlib import Path
+
+import pytest
+
+from longtail_experts import cli
+from longtail_experts.cli import main
+
+FULL = ("main", "--config", "cifar100_lt")
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGTAIL_CACHE_DIR", str(tmp_path / ".cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((*FULL, "--epoch", "2"), "unknown field 'epoch'; did you mean epochs?"),
+        ((*FULL, "--epochs", "abc"), "epochs=abc: "),
+        ((*FULL, "--lr", "-1"), "lr=-1: "),
+        ((*FULL, "--lr", "-1e-3"), "lr=-1e-3: "),
+        ((*FULL, "--lr=nan"), "lr=nan: "),
+        ((*FULL, "--imbalance_factor", "0.5"), "imbalance_factor=0.5: "),
+        ((*FULL, "--milestones", "5,3"), "milestones=5,3: must be positive epochs in increasing"),
+        ((*FULL, "--loss", "logitadjust"), "did you mean logit_adjust?"),
+        ((*FULL, "--loss", "all", "--expert_seed", "1"), "expert_seed=1: with loss=all"),
+        ((*FULL, "--device", "cuda"), "device=cuda: torch sees no GPU"),
+        (("main", "--config", "nosuch"), "config=nosuch: no such file"),
+        (("main", "--config", "cifar_lt"), "did you mean cifar100_lt?"),
+        (("main", "--config", "broken.yaml"), "config=broken.yaml: "),
+        (("main", "--config", "unknown.yaml"), "unknown field 'epoch'; did you mean epochs?"),
+        ((*FULL, "--data_dir", "empty"), "data_dir=empty: "),
+        ((*FULL, "--data_dir", "none"), "data_dir=none: source=cifar100 needs a folder"),
+        ((*FULL, "--data_dir", "corrupt"), "not a parquet file"),
+        (("main", "--data_dir", "empty"), "data_dir=empty: "),
+        (("train", "--config", "demo", "--loss", "all"), "loss=all: train takes one loss"),
+        (("trian",), "no entry point 'trian'; did you mean train?"),
+        (("calibrate",), "--run_id"),
+        (("calibrate", "--run_id", "x", "--lr", "1"), "unknown field 'lr'"),
+        (("calibrate", "--run_id", "x", "--batch_size", "0"), "batch_size=0: "),
+        (("export", "--run_ids", ",", "--out", "o"), "run_ids=','"),
+        ((*FULL, "--epochs", "9" * 10_000), "epochs=999"),
+        ((*FULL, "stray"), "stray"),
+    ],
+)
+def test_bad_input_is_one_line(empty_folder, capfd, monkeypatch, arguments, says):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (empty_folder / "empty").mkdir()
+    (empty_folder / "corrupt").mkdir()
+    for name in ("train.parquet", "test.parquet"):
+        (empty_folder / "corrupt" / name).write_bytes(b"not parquet")
+    (empty_folder / "broken.yaml").write_text("lr: [0.1")
+    (empty_folder / "unknown.yaml").write_text("epoch: 3")
+    before = sorted(empty_folder.rglob("*"))
+    assert main(list(arguments)) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert len(line) < 600
+    assert sorted(empty_folder.rglob("*")) == before
+
+
+def test_help_teaches_every_field(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["main", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in cli.Config.model_fields.items():
+        assert f"--{name}" in text
+        assert field.description
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Run main up to the point where a stage would start; the config that it would get."""
+    calls = []
+    monkeypatch.setattr(cli, "_on_config", lambda entry, config: calls.append(config) or 0)
+    return calls
+
+
+def test_without_cifar100_the_demo_is_announced_at_start_and_end(empty_folder, chosen, capsys):
+    assert main(["main", "--loss", "logit_adjust", "--epochs", "1"]) == 0
+    assert (chosen[0].source, chosen[0].epochs, chosen[0].loss) == ("synthetic", 1, "logit_adjust")
+    assert capsys.readouterr().out.count("DEMO") == 2
+
+
+@pytest.mark.parametrize("files", [["data/cifar-100-python.tar.gz"], ["data/train-0.parquet"]])
+def test_with_cifar100_on_disk_the_full_recipe_runs(empty_folder, chosen, capsys, files):
+    (empty_folder / "data").mkdir()
+    for file in files:
+        (empty_folder / file).touch()
+    assert main(["main"]) == 0
+    assert (chosen[0].source, chosen[0].epochs) == ("cifar100", 256)
+    assert "DEMO" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "named",
+    [["--config", "cifar100_lt"], ["--source", "synthetic"], ["--data_dir", "elsewhere"]],
+)
+def test_naming_anything_switches_the_fallback_off(empty_folder, chosen, capsys, named):
+    assert main(["main", *named]) == 0
+    assert chosen[0].epochs == 256
+    assert "DEMO" not in capsys.readouterr().out
+
+
+def test_milestones_past_the_end_are_a_warning(empty_folder, monkeypatch, caplog):
+    from longtail_experts.stages import inputs
+
+    def stop(config):
+        raise cli.ConfigError("far enough")
+
+    monkeypatch.setattr(inputs, "resolve", stop)
+    assert main([*FULL, "--epochs", "100"]) == 2
+    assert "milestones=[192, 224] lie at or past epochs=100" in caplog.text

@@ -1,0 +1,103 @@
+"""load_expert_logits returns what was written, or refuses."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import use_store
+
+from longtail_experts import load_expert_logits
+from longtail_experts.tracking.runs import RunError
+
+
+@pytest.fixture
+def editable(three_experts, tmp_path, monkeypatch) -> tuple[str, Path]:
+    """A run whose logits may be tampered with: (run id, its logits folder)."""
+    source = Path(three_experts["folder"])
+    use_store(tmp_path, source / "mlflow.db", monkeypatch)
+    run_id = three_experts["ce"]
+    logits = next(source.glob(f"mlruns/*/{run_id}/artifacts/logits"))
+    backup = tmp_path / "backup"
+    shutil.copytree(logits, backup)
+    yield run_id, logits
+    shutil.rmtree(logits)
+    shutil.copytree(backup, logits)
+
+
+def test_what_is_returned_cannot_be_changed(finished):
+    expert = load_expert_logits(finished["balanced_softmax"])
+    assert list(expert.splits) == [
+        "train", "tuneV", "val_small", "calib", "val_lt", "test_lt", "test_balanced"
+    ]  # fmt: skip
+    assert expert.tau == 1
+    assert expert.prior.sum() == pytest.approx(1)
+    np.testing.assert_allclose(expert.log_offset, np.log(expert.prior))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        expert.temperature = 1.0
+    with pytest.raises(TypeError):
+        expert.splits["train"] = None
+    for array in (expert.prior, expert.splits["train"].logits, expert.splits["train"].targets):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_test_lt_rows_are_those_of_test_balanced(finished):
+    splits = load_expert_logits(finished["ce"]).splits
+    position = np.searchsorted(splits["test_balanced"].indices, splits["test_lt"].indices)
+    for name in ("logits", "targets", "indices"):
+        inside = getattr(splits["test_balanced"], name)[position]
+        np.testing.assert_array_equal(getattr(splits["test_lt"], name), inside)
+
+
+def test_a_file_that_is_not_the_manifests_is_refused(editable):
+    run_id, folder = editable
+    path = folder / "calib.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"calib\.npz is not the file that the manifest describes"):
+        load_expert_logits(run_id)
+
+
+def test_a_missing_file_is_named(editable):
+    run_id, folder = editable
+    (folder / "tuneV.npz").unlink()
+    with pytest.raises(RunError, match=r"logits/tuneV\.npz cannot be read"):
+        load_expert_logits(run_id)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("temperature"),
+        lambda m: m["files"].pop("calib"),
+        lambda m: m.update(prior=m["prior"][:-1]),
+        lambda m: m.update(log_offset=["x"] * 5),
+    ],
+)
+def test_a_malformed_manifest_is_refused(editable, change):
+    run_id, folder = editable
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"logits/manifest\.json is malformed"):
+        load_expert_logits(run_id)
+
+
+def test_wrong_content_is_refused_even_with_the_right_hash(editable):
+    import hashlib
+
+    run_id, folder = editable
+    path = folder / "calib.npz"
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    arrays["logits"][0, 0] = np.nan
+    np.savez(path, **arrays)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["calib"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match="expected finite float32 logits"):
+        load_expert_logits(run_id)

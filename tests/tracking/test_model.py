@@ -1,0 +1,77 @@
+"""The logged model gives the probabilities that the exported logits imply."""
+
+import subprocess
+import sys
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+
+from longtail_experts import load_expert_logits
+from longtail_experts.data.sources import folder_images
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    e = np.exp(scores - scores.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+@pytest.fixture
+def expected(finished, image_folder):
+    """(images, probabilities under the uniform prior, under the training prior)."""
+    expert = load_expert_logits(finished["logit_adjust"])
+    split = expert.splits["test_balanced"]
+    images = folder_images(image_folder).test_images[split.indices]
+    scores = split.logits.astype(np.float64) / expert.temperature + expert.log_offset
+    return images, softmax(scores - np.log(expert.prior)), softmax(scores)
+
+
+@pytest.fixture
+def model_uri(finished) -> str:
+    run = mlflow.MlflowClient().get_run(finished["logit_adjust"])
+    (output,) = run.outputs.model_outputs
+    return f"models:/{output.model_id}"
+
+
+def test_pyfunc_gives_both_priors(model_uri, expected):
+    images, uniform, train = expected
+    model = mlflow.pyfunc.load_model(model_uri)
+    np.testing.assert_allclose(model.predict(images), uniform, atol=1e-4)
+    np.testing.assert_allclose(model.predict(images, {"prior": "uniform"}), uniform, atol=1e-4)
+    np.testing.assert_allclose(model.predict(images, {"prior": "train"}), train, atol=1e-4)
+    np.testing.assert_allclose(model.predict(images[:1]), uniform[:1], atol=1e-4)
+    assert np.abs(uniform - train).max() > 0.01
+    with pytest.raises(ValueError, match="must be 'uniform' or 'train'"):
+        model.predict(images[:2], {"prior": "other"})
+
+
+def test_pytorch_flavour(model_uri, expected):
+    images, uniform, _ = expected
+    program = mlflow.pytorch.load_model(model_uri)
+    with torch.no_grad():
+        np.testing.assert_allclose(program(torch.from_numpy(images)), uniform, atol=1e-4)
+
+
+def test_signature_and_example(model_uri):
+    info = mlflow.models.get_model_info(model_uri)
+    assert info.signature.inputs.inputs[0].type == np.uint8
+    assert info.signature.inputs.inputs[0].shape == (-1, 32, 32, 3)
+    assert info.signature.outputs.inputs[0].shape == (-1, 5)
+    assert [p.name for p in info.signature.params] == ["prior"]
+    assert info.saved_input_example_info is not None
+
+
+def test_the_model_opens_without_this_project(model_uri, expected, tmp_path):
+    """As on another machine: a copy of its folder, and no longtail_experts to import."""
+    images, uniform, _ = expected
+    folder = mlflow.artifacts.download_artifacts(model_uri, dst_path=str(tmp_path / "copy"))
+    np.save(tmp_path / "images.npy", images[:4])
+    code = (
+        "import sys; sys.modules['longtail_experts'] = None\n"
+        "import mlflow, numpy as np\n"
+        f"model = mlflow.pyfunc.load_model({folder!r})\n"
+        f"np.save('probabilities.npy', model.predict(np.load('images.npy')))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+    np.testing.assert_allclose(np.load(tmp_path / "probabilities.npy"), uniform[:4], atol=1e-4)

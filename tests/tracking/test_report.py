@@ -1,0 +1,49 @@
+"""Every box of the success checklist can fail, and shows its numbers when it does."""
+
+import math
+
+import pytest
+
+from longtail_experts.tracking.report import (
+    checklist_markdown,
+    checkpoints_load,
+    logits_complete,
+    table,
+    temperature_helps,
+    trained_to_the_end,
+    validation_improved,
+)
+
+
+@pytest.mark.parametrize(
+    ("check", "passed", "numbers"),
+    [
+        (trained_to_the_end(256, 256, False, [3.0, 0.1]), True, "256 of 256"),
+        (trained_to_the_end(10, 256, True, [3.0, 0.1]), True, "stopped early"),
+        (trained_to_the_end(255, 256, False, [3.0, 0.1]), False, "255 of 256"),
+        (trained_to_the_end(256, 256, False, [math.nan, 0.1]), False, "0.1"),
+        (trained_to_the_end(256, 256, False, []), False, "none logged"),
+        (validation_improved(0.40, 0.10, 100, 0.02), True, "40.00 %"),
+        (validation_improved(0.15, 0.10, 100, 0.02), False, "first 10.00 %"),
+        (validation_improved(0.06, 0.00, 100, 0.02), False, "chance 1.00 %"),
+        (temperature_helps(1.7, False, 2.0, 2.5), True, "T = 1.7000"),
+        (temperature_helps(1.7, False, 2.5, 2.5), False, "2.5000 against 2.5000"),
+        (temperature_helps(54.6, True, 2.0, 2.5), False, "at its bound"),
+        (logits_complete({"calib": 5}, {"calib": 5}), True, "5 rows"),
+        (logits_complete({"calib": 4}, {"calib": 5}), False, "missing or short: calib"),
+        (logits_complete({}, {"calib": 5}), False, "missing or short: calib"),
+        (logits_complete({"calib": 5}, {"calib": 5}, "calib: nan"), False, "calib: nan"),
+        (checkpoints_load({"best": "", "last": ""}), True, "best, last"),
+        (checkpoints_load({"best": "", "last": "damaged"}), False, "last: damaged"),
+    ],
+)
+def test_boxes(check, passed, numbers):
+    assert check.passed is passed
+    assert numbers in check.numbers
+    box = checklist_markdown([check])
+    assert box.startswith("- [x] " if passed else "- [ ] ")
+    assert numbers in box
+
+
+def test_tables_are_markdown():
+    assert table(("a", "b"), [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"

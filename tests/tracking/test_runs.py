@@ -1,0 +1,89 @@
+"""What the store is given, and what it is spared."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from longtail_experts.tracking.checkpoints import read_checkpoint
+from longtail_experts.tracking.runs import RunError, open_run, start_run
+
+
+def test_params_that_the_launcher_has_logged_are_left_alone(store):
+    with mlflow.start_run() as launched:
+        mlflow.log_param("epochs", "2.0")
+    run = open_run(launched.info.run_id)
+    run.log_params({"epochs": "2", "lr": "0.4"})
+    assert run.params == {"epochs": "2.0", "lr": "0.4"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")],
+)
+def test_a_run_never_stays_running(store, error, status):
+    run_id = None
+    try:
+        with start_run("a run", {"stage": "data"}) as run:
+            run_id = run.run_id
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        assert error
+    assert MlflowClient().get_run(run_id).info.status == status
+
+
+def test_an_experiment_made_by_mlflow_ui_is_detected(store, monkeypatch):
+    MlflowClient().create_experiment("by-ui", artifact_location="mlflow-artifacts:/7")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "by-ui")
+    with pytest.raises(RunError, match="--experiment-name longtail"), start_run("a", {}):
+        raise AssertionError("no work may start")
+    (run,) = MlflowClient().search_runs([mlflow.get_experiment_by_name("by-ui").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+def test_more_points_than_one_request_holds(store):
+    with start_run("a", {}) as run:
+        run.log_points(("lr", step / 10, step) for step in range(2500))
+    assert run.history("lr") == [(step, step / 10) for step in range(2500)]
+
+
+def test_pickled_code_in_a_checkpoint_is_not_run(store):
+    import torch
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(store / "executed"), "w"))
+
+    with start_run("a", {}) as run, run.artifact("checkpoints/best.pt") as path:
+        torch.save({"model": Payload()}, path)
+    with pytest.raises(RunError, match=r"checkpoints/best\.pt is damaged"):
+        read_checkpoint(run, "best")
+    assert not (store / "executed").exists()
+
+
+def test_sigterm_ends_the_run_as_killed(store, tiny_arguments):
+    command = [sys.executable, "-m", "longtail_experts", "train", *tiny_arguments]
+    source = Path(__file__).resolve().parents[2] / "src"
+    process = subprocess.Popen(
+        [*command, "--epochs", "100000"],
+        env={**os.environ, "PYTHONPATH": str(source)},
+        stderr=subprocess.DEVNULL,
+    )
+    client, runs = MlflowClient(), []
+    deadline = time.monotonic() + 120
+    while not any("train/loss" in run.data.metrics for run in runs):
+        assert process.poll() is None, "ended before it was asked to"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        experiment = mlflow.get_experiment_by_name("tests")
+        runs = client.search_runs([experiment.experiment_id]) if experiment else []
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert client.get_run(runs[0].info.run_id).info.status == "KILLED"
