@@ -228,7 +228,7 @@ def test_fractional_labels_are_refused(parquet_dir):
         (encoded(TRAIN[0][:31]), "image is 32x31, not 32x32"),
         (encoded(np.zeros((64, 64, 3), np.uint8)), "image is 64x64, not 32x32"),
         (b"", "not a readable image"),
-        (None, "not a readable image"),
+        (None, "img.bytes holds no bytes"),
         (b"\x89PNG and no more", "not a readable image"),
         (encoded(TRAIN[0])[:700], "not a readable image"),
         (encoded(TRAIN[0], "WEBP")[:700], "not a readable image"),
