@@ -461,3 +461,26 @@ def test_what_is_no_recipe_is_one_line(tmp_path, monkeypatch, name):
     with pytest.raises(ConfigError, match=r"^config=.*: no such file") as error:
         load_config(name, {})
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "content", ["data_dir: 2024-13-45", f"epochs: {'9' * 5000}", "milestones: [true]", "\0"]
+)
+def test_yaml_that_python_cannot_take_is_one_line(tmp_path, content):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"bad\.yaml: ") as error:
+        load_config(str(path), {})
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "nul\0byte"])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(name, {})
+
+
+def test_an_integer_too_long_to_print():
+    with pytest.raises(ConfigError, match="epochs=a int too long to print"):
+        make_config({"epochs": 10**5000})

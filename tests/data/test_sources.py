@@ -439,6 +439,48 @@ def test_folder_is_read_in_order_of_names(colour_folder):
     assert contents(colour_folder) == before
 
 
+def test_what_is_train_and_what_is_test_is_part_of_the_cache_key(data_dir, tmp_path):
+    """The same three files, cut into halves at another place, are another source."""
+    parts = [TRAIN[:2], TRAIN[2:4], TRAIN[4:6]]
+    sizes = []
+    for folder, names in (
+        (data_dir, ("train-0", "train-1", "test-0")),
+        (tmp_path / "other", ("train-0", "test-0", "test-1")),
+    ):
+        folder.mkdir(exist_ok=True)
+        for name, part in zip(names, parts, strict=True):
+            write_parquet(folder / f"{name}.parquet", [encoded(x) for x in part], [0, 1])
+        images = load(folder)
+        sizes.append((len(images.train_labels), len(images.test_labels)))
+    assert sizes == [(4, 2), (2, 4)]
+
+
+@pytest.mark.parametrize("cells", [["text"] * 2, [1, 2], [None, None]])
+def test_img_bytes_that_are_no_bytes_are_refused(data_dir, cells):
+    write_parquet(data_dir / "test.parquet", [encoded(TRAIN[0])], [0])
+    table = pyarrow.table(
+        {"img": [{"bytes": x, "path": None} for x in cells], "fine_label": [0, 1]}
+    )
+    pyarrow.parquet.write_table(table, data_dir / "train.parquet")
+    with pytest.raises(DataError, match=r"train\.parquet: row 0: img.bytes holds no bytes"):
+        load(data_dir)
+
+
+def test_an_image_header_with_nonsense_is_a_data_error(colour_folder):
+    path = next((colour_folder / "train").rglob("*.png"))
+    path.with_suffix(".ppm").write_bytes(b"P6\n2b5 3\n255\n")
+    with pytest.raises(DataError, match=r"\.ppm: not a readable image"):
+        folder_images(colour_folder)
+
+
+def test_a_stray_parquet_does_not_hide_official_files(data_dir, monkeypatch):
+    files = official_files()
+    trust(monkeypatch, files)
+    write_official(data_dir, **files)
+    write_parquet(data_dir / "train-notes.parquet", [encoded(TRAIN[0])], [0])
+    assert load(data_dir).index_space == "torchvision"
+
+
 def test_largest_class_of_a_folder_is_counted(colour_folder):
     Image.new("RGB", (32, 32)).save(colour_folder / "train" / "zebra" / "d.png")
     assert folder_images(colour_folder).largest_class == 4

@@ -258,6 +258,11 @@ def test_hash_is_of_the_content_not_of_the_name_of_the_source():
     assert sha256(fingerprint="beef") != sha256()
 
 
+def test_settings_that_change_no_index_do_not_change_the_hash(cifar, recipe):
+    explicit = make_splits(cifar, **(RECIPE | {"images_per_class": 500}))
+    assert explicit.sha256 == recipe.splits.sha256
+
+
 def test_one_moved_index_changes_the_hash():
     splits = make_splits(images_with([9, 9], [5, 5]), **NATURAL)
     before = splits.sha256

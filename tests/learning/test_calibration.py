@@ -230,3 +230,11 @@ def test_the_training_prior_as_deployment_changes_nothing():
     torch.testing.assert_close(
         deployment_scores(f, 2.0, prior.log(), prior, prior), scores(f, 2.0, prior.log())
     )
+
+
+def test_rounding_does_not_turn_the_slope_of_separable_logits():
+    logits = torch.tensor([[10.655, 10.0]] * 20, dtype=torch.float64)
+    fitted = fit_temperature(
+        logits, torch.zeros(20, dtype=torch.long), torch.zeros(2), bootstrap_seed=0
+    )
+    assert fitted.at_bound

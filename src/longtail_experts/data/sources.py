@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -104,11 +105,11 @@ def cifar100_can_be_downloaded(seconds: float = 5.0) -> bool:
     """Whether torchvision's download address answers within `seconds` in all."""
     if os.environ.get("LONGTAIL_OFFLINE") == "1":
         return False
+    from torchvision.datasets import CIFAR100  # takes seconds, which are not the network's
+
     reached = threading.Event()
 
     def probe() -> None:
-        from torchvision.datasets import CIFAR100
-
         try:
             request = urllib.request.Request(CIFAR100.url, method="HEAD")
             with urllib.request.urlopen(request, timeout=seconds) as answer:
@@ -453,4 +454,6 @@ def _write_entry(entry: Path, images: ImageData) -> None:
 def _progress(items: list, what: str) -> Iterable:
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, unit="image", leave=False, disable=len(items) < 2000)
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    few = len(items) < 2000
+    return tqdm(items, desc=what, unit="image", leave=False, mininterval=seconds, disable=few)
