@@ -72,7 +72,9 @@ def configs(draw) -> Config:
             "loss": loss,
             "tau": draw(st.floats(0, 10)),
             "source": draw(st.sampled_from(["cifar100", "images", "synthetic"])),
-            "data_dir": draw(st.none() | text | st.sampled_from(["~", "null", "yes", "1", "1e3"])),
+            "data_dir": draw(
+                st.none() | text.filter(bool) | st.sampled_from(["~", "null", "yes", "1", "1e3"])
+            ),
             "imbalance_factor": draw(st.floats(1, 1e6)),
             "imbalance_profile": draw(st.sampled_from(["exp", "step", "natural"])),
             "images_per_class": draw(st.none() | count),

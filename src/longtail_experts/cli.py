@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from longtail_experts.config import Config, ConfigError, load_config, make_config, nearest, shorten
+from longtail_experts.config import Config, ConfigError, load_config, nearest, shorten
 
 ENTRY_POINTS = {
     "main": "train, calibrate and record one expert in one run (loss=all: three, as child runs)",
@@ -18,6 +18,10 @@ ENTRY_POINTS = {
     "train": "train one expert; calibrate does the rest, on any later day",
     "calibrate": "temperature, test figures, logits and model, into the training run run_id",
     "export": "write the files that AR-GSE reads, from one run of each loss",
+}
+OWN_PARAMETERS = {
+    "calibrate": {"run_id": "the training run"},
+    "export": {"run_ids": "finished runs: a,b,c", "out": "folder to write into"},
 }
 CALIBRATE_MAY_CHANGE = ("data_dir", "device", "batch_size")
 FULL_RECIPE, DEMO_RECIPE = "cifar100_lt", "demo"
@@ -36,7 +40,8 @@ class Terminated(BaseException):
 
 def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.addLevelName(logging.WARNING, "warning")
+    for level in (logging.WARNING, logging.ERROR):
+        logging.addLevelName(level, logging.getLevelName(level).lower())
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return _dispatch(arguments)
@@ -55,7 +60,7 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
     return code
 
 
@@ -84,27 +89,26 @@ def parser() -> Parser:
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
-        if name == "calibrate":
-            entry.add_argument("--run_id", required=True, help="the training run")
-            _add_fields(entry, CALIBRATE_MAY_CHANGE)
-        elif name == "export":
-            entry.add_argument("--run_ids", required=True, help="finished runs: a,b,c")
-            entry.add_argument("--out", required=True, help="folder to write into")
-        else:
+        for own, about in OWN_PARAMETERS.get(name, {}).items():
+            entry.add_argument(f"--{own}", required=True, help=about)
+        if name not in OWN_PARAMETERS:
             entry.add_argument(
                 "--config",
                 default="auto",
                 help="a recipe: path, or name in configs/; auto: the full one where there is "
                 "CIFAR-100, else the demo",
             )
-            _add_fields(entry, tuple(Config.model_fields))
+        for field in _config_fields(name):
+            about = (Config.model_fields[field].description or "").replace("%", "%%")
+            entry.add_argument(f"--{field}", help=about, metavar="VALUE")
     return top
 
 
-def _add_fields(entry: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
-    for name in names:
-        about = (Config.model_fields[name].description or "").replace("%", "%%")
-        entry.add_argument(f"--{name}", help=about, metavar="VALUE")
+def _config_fields(entry_point: str) -> tuple[str, ...]:
+    """The fields of the config that an entry point takes."""
+    if entry_point == "calibrate":
+        return CALIBRATE_MAY_CHANGE
+    return () if entry_point == "export" else tuple(Config.model_fields)
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -127,17 +131,12 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         )
     known, unknown = parser().parse_known_args([entry_point, *_joined(rest)])
     if unknown:
-        name, fields = unknown[0].split("=")[0].lstrip("-"), list(_fields_of(entry_point))
-        raise ConfigError(f"unknown field {shorten(name)!r}{nearest(name, fields)}")
+        name = unknown[0].split("=")[0].lstrip("-")
+        own = OWN_PARAMETERS.get(entry_point, {"config": ""})
+        raise ConfigError(
+            f"unknown field {shorten(name)!r}{nearest(name, [*own, *_config_fields(entry_point)])}"
+        )
     return vars(known)
-
-
-def _fields_of(entry_point: str) -> tuple[str, ...]:
-    if entry_point == "calibrate":
-        return ("run_id", *CALIBRATE_MAY_CHANGE)
-    if entry_point == "export":
-        return ("run_ids", "out")
-    return ("config", *Config.model_fields)
 
 
 # --- config -----------------------------------------------------------------------------------
@@ -155,7 +154,7 @@ def choose_config(name: str, overrides: dict[str, str]) -> tuple[Config, str | N
         return config, None
     from longtail_experts.data.sources import cifar100_can_be_downloaded, cifar100_on_disk
 
-    if cifar100_on_disk(Path(config.data_dir)) or cifar100_can_be_downloaded():
+    if cifar100_on_disk(Path(config.data_dir or "data")) or cifar100_can_be_downloaded():
         return config, None
     return load_config(DEMO_RECIPE, overrides), DEMO_BANNER.format(folder=f"{config.data_dir}/")
 
@@ -202,11 +201,13 @@ def _on_config(entry_point: str, config: Config) -> int:
     from longtail_experts.stages import data as data_stage
     from longtail_experts.stages import main as main_stage
     from longtail_experts.stages import train as train_stage
-    from longtail_experts.tracking.runs import RunError
+    from longtail_experts.tracking.runs import RunError, StoreError
 
     stage = {"main": main_stage.run, "data": data_stage.run, "train": train_stage.run}[entry_point]
     try:
         print(f"run {stage(config, data)} FINISHED")
+    except StoreError as error:
+        return _complain(error, 2)
     except (NonFiniteLossError, RunError, main_stage.ExpertsFailedError) as error:
         return _complain(error, 1)
     return 0
@@ -225,7 +226,6 @@ def _on_finished_runs(entry_point: str, given: dict[str, str]) -> int:
             from longtail_experts.stages import calibrate
 
             changes = {name: given[name] for name in CALIBRATE_MAY_CHANGE if name in given}
-            make_config(changes)  # values are checked before the store is opened
             calibrate.run(given["run_id"], changes)
     except (RunError, DataError) as error:
         return _complain(error, 2)

@@ -38,7 +38,9 @@ class Config(BaseModel):
         "a folder train/<class>/*, test/<class>/*, or generated ones for demos",
     )
     data_dir: str | None = Field(
-        "data", description="folder with the images (cifar100 is downloaded there if it is empty)"
+        "data",
+        min_length=1,
+        description="folder with the images (cifar100 is downloaded there if it is empty)",
     )
     imbalance_factor: float = Field(
         100.0, ge=1, le=1e6, description="largest class / smallest class of the training pool"

@@ -21,15 +21,6 @@ OFFSETS = pytest.mark.parametrize("offset", [NO_OFFSET, LOG_PRIOR], ids=["none",
 MAX_RATIO = math.exp(4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only lose by threads, and much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def synthetic(
     true_t: float, offset: torch.Tensor, num_images: int = 500, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,10 +11,10 @@ from sklearn.metrics import (
 from torchmetrics.classification import MulticlassCalibrationError
 
 from longtail_experts.learning.evaluation import (
+    deployment_priors,
     evaluate,
     label_frequencies,
     prior_weighted_accuracy,
-    uniform,
 )
 
 CLASSES, IMAGES = 6, 500
@@ -155,7 +155,7 @@ def test_prior_weighted_accuracy_lies_between_its_two_special_cases():
     assert prior_weighted_accuracy(logits, targets, frequencies) == pytest.approx(
         accuracy_score(targets, predictions)
     )
-    assert prior_weighted_accuracy(logits, targets, uniform(CLASSES)) == pytest.approx(
+    assert prior_weighted_accuracy(logits, targets, torch.ones(CLASSES) / CLASSES) == pytest.approx(
         balanced_accuracy_score(targets, predictions)
     )
 
@@ -166,6 +166,8 @@ def test_label_frequencies():
     assert frequencies.tolist() == pytest.approx([0.4, 0.0, 0.6, 0.0])
 
 
-def test_uniform():
-    assert uniform(8).dtype == torch.float64
-    assert uniform(8).tolist() == [0.125] * 8
+def test_deployment_priors():
+    priors = deployment_priors(torch.tensor([0, 0, 0, 2]), 4)
+    assert priors["test_lt"].tolist() == [0.75, 0, 0.25, 0]
+    assert priors["test_balanced"].tolist() == [0.25] * 4
+    assert {q.dtype for q in priors.values()} == {torch.float64}

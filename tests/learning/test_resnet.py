@@ -17,15 +17,6 @@ SHORTCUTS = ("projection", "pad")
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only lose by threads, and much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images(num: int, size: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(seed))
 

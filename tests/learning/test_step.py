@@ -18,15 +18,6 @@ NUM_CLASSES = 5
 SHIFT = torch.tensor([0.0, -0.5, -1.0, -2.0, -3.0])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only lose by threads, and much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -59,10 +59,15 @@ def test_the_tree_that_argse_reads(finished, tmp_path, caplog):
         ({"imbalance_profile": "exp", "imbalance_factor": 10.0}, "cifar100_lt_if10"),
         ({"imbalance_profile": "step", "imbalance_factor": 50.0}, "cifar100_lt_step_if50"),
         ({"imbalance_profile": "natural", "imbalance_factor": None}, "cifar100_natural"),
+        (
+            {"imbalance_profile": "exp", "imbalance_factor": 5.0, "images_per_class": 10},
+            "cifar100_lt_if5_n10",
+        ),
     ],
 )
 def test_names_of_data_sets(manifest, name):
-    assert export.dataset_name({"source": "cifar100", **manifest}) == name
+    source = {"source": "cifar100", "images_per_class": None}
+    assert export.dataset_name(source | manifest) == name
 
 
 def test_refusals_come_before_anything_is_written(finished, tmp_path, capfd):
@@ -82,6 +87,13 @@ def test_refusals_come_before_anything_is_written(finished, tmp_path, capfd):
     assert not out.exists()
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(ce, tmp_path / "file" / "out")
+
+
+def test_a_file_in_the_way_is_refused_before_anything_is_moved(finished, tmp_path):
+    (tmp_path / "outputs").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        export.run([finished["ce"]], tmp_path)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "outputs"]
 
 
 def test_experts_of_different_splits_are_refused(finished, tmp_path, monkeypatch):
@@ -104,7 +116,7 @@ def test_a_failed_write_leaves_no_file(finished, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="No space left"):
         export.run([finished["ce"]], tmp_path)
     assert not list(tmp_path.rglob("*.pt"))
     assert not list(tmp_path.rglob("*.json"))

@@ -86,6 +86,7 @@ def test_an_expert_run_holds_everything(finished, loss):
     assert (tags["stage"], tags["expert"], tags["data.source"]) == ("main", loss, "images")
     assert (tags["device"], tags["precision"]) == ("cpu", "fp32")
     assert tags["mlflow.note.content"].startswith(f"## {loss}")
+    assert "| val_lt | " in tags["mlflow.note.content"]
     assert tags["mlflow.parentRunId"] == finished["all"]
     for name, value in TINY_EXPERT.items():
         assert run.data.params[name] == value
@@ -196,6 +197,7 @@ def test_checkpoints_hold_plain_float32(finished):
 
     best, final, last = load("best"), load("final_calibrated"), load("last")
     assert set(best) == {"model", "epoch", "step"}
+    assert final["log_offset"].dtype == final["prior"].dtype == torch.float32
     assert set(final) == {*best, "temperature", "tau", "log_offset", "prior"}
     assert set(last) >= {"model", "epoch", "step", "optimizer", "rng"}
     for content in (best, final, last):
@@ -222,6 +224,7 @@ def test_one_failed_child_does_not_stop_the_others(store, tiny_arguments, monkey
             raise main_stage.NonFiniteLossError("loss is not finite at step 3 (lr 0.4)")
 
     monkeypatch.setattr(main_stage, "train_expert", train)
+    monkeypatch.setattr(main_stage, "load_trained", lambda *arguments: None)
     monkeypatch.setattr(main_stage, "calibrate_expert", lambda *arguments: None)
     monkeypatch.setattr(main_stage.experts, "describe_parent", lambda *arguments: None)
     assert main(["main", "--loss", "all", *tiny_arguments]) == 1
@@ -233,4 +236,4 @@ def test_one_failed_child_does_not_stop_the_others(store, tiny_arguments, monkey
         "balanced_softmax": "FINISHED",
         "all": "FAILED",
     }
-    assert "error: of loss=all failed logit_adjust: loss is not finite" in capfd.readouterr().err
+    assert "error: loss=all: logit_adjust failed: loss is not finite" in capfd.readouterr().err

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
+from longtail_experts.stages.train import Selection
 from longtail_experts.tracking.runs import RunError
 
 
@@ -47,7 +49,8 @@ def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys)
 
     experiment = mlflow.get_experiment_by_name("tests").experiment_id
     (pointer,) = MlflowClient().search_runs([experiment], "tags.stage = 'calibrate'")
-    assert pointer.data.tags["source_run_id"] == run_id
+    ours_alone = {k: v for k, v in pointer.data.tags.items() if not k.startswith("mlflow.")}
+    assert ours_alone == {"stage": "calibrate", "source_run_id": run_id}
     assert not pointer.data.metrics
     assert not MlflowClient().list_artifacts(pointer.info.run_id)
 
@@ -78,11 +81,24 @@ def test_calibrate_refuses_what_it_cannot_use(store, trained, tiny_arguments, ca
     assert "was trained on splits" in refused("--run_id", run_id)
     (artifacts / "config.yaml").write_text(yaml.safe_dump(config))
 
+    MlflowClient().delete_tag(run_id, "training")
+    assert "its training has not ended" in refused("--run_id", run_id)
+    MlflowClient().set_tag(run_id, "training", "complete")
+
+    last = (artifacts / "checkpoints/last.pt").read_bytes()
+    torch.save(["not a dict"], artifacts / "checkpoints/last.pt")
+    assert "checkpoints/last.pt is damaged" in refused("--run_id", run_id)
+    (artifacts / "checkpoints/last.pt").write_bytes(last)
+
     damaged = (artifacts / "checkpoints/best.pt").read_bytes()[:1000]
     (artifacts / "checkpoints/best.pt").write_bytes(damaged)
     assert "checkpoints/best.pt is damaged" in refused("--run_id", run_id)
     (artifacts / "checkpoints/best.pt").unlink()
     assert "has no checkpoints/best.pt" in refused("--run_id", run_id)
+
+    experiment = mlflow.get_experiment_by_name("tests").experiment_id
+    assert not MlflowClient().search_runs([experiment], "tags.stage = 'calibrate'")
+    assert not (artifacts / "logits").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(store, tiny_arguments, capfd):
@@ -105,3 +121,32 @@ def test_early_stopping_counts_validations_after_the_last_milestone(store, tiny_
     history = MlflowClient().get_metric_history(run.info.run_id, "val/balanced_accuracy")
     values = [point.value for point in history]
     assert max(values[-2:]) <= max(values[:-2])
+
+
+def test_logits_that_are_not_finite_are_refused_before_anything_is_written(
+    store, trained, monkeypatch, capfd
+):
+    """Weights that broke at the very last step, after every loss that was looked at."""
+    path = artifact_folder(store, trained.info.run_id) / "checkpoints/best.pt"
+    content = torch.load(path, weights_only=True)
+    content["model"]["fc.bias"][0] = float("inf")
+    torch.save(content, path)
+    assert main(["calibrate", "--run_id", trained.info.run_id]) == 2
+    assert "logits of train are not finite" in capfd.readouterr().err
+    assert not (path.parent / "final_calibrated.pt").exists()
+
+
+def test_a_worse_validation_is_not_chosen_and_counts_against_patience():
+    selection = Selection(patience=1, starts_at=0)
+    assert selection.chooses(0.2, 0, 7)
+    assert not selection.chooses(0.1, 1, 15)
+    assert selection.is_over
+    assert selection.best == {"epoch": 0, "step": 7, "val_balanced_accuracy": 0.2}
+
+
+def test_ties_go_to_the_later_checkpoint_but_do_not_count_as_better():
+    selection = Selection(patience=2, starts_at=1)
+    for epoch, value in enumerate([0.3, 0.3, 0.3]):
+        assert selection.chooses(value, epoch, epoch)
+    assert selection.best["epoch"] == 2
+    assert selection.is_over

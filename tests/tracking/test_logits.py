@@ -76,6 +76,7 @@ def test_a_missing_file_is_named(editable):
         lambda m: m["files"].pop("calib"),
         lambda m: m.update(prior=m["prior"][:-1]),
         lambda m: m.update(log_offset=["x"] * 5),
+        lambda m: m.update(files=[]),
     ],
 )
 def test_a_malformed_manifest_is_refused(editable, change):

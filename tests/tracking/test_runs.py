@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from longtail_experts.tracking.checkpoints import read_checkpoint
-from longtail_experts.tracking.runs import RunError, open_run, start_run
+from longtail_experts.tracking.runs import RunError, StoreError, open_run, start_run
 
 
 def test_params_that_the_launcher_has_logged_are_left_alone(store):
@@ -87,3 +87,30 @@ def test_sigterm_ends_the_run_as_killed(store, tiny_arguments):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert client.get_run(runs[0].info.run_id).info.status == "KILLED"
+
+
+def test_a_name_that_the_user_gave_is_kept(store, monkeypatch):
+    for given, kept in (("mine", "mine"), (None, "ce images seed 0")):
+        launched = MlflowClient().create_run("0", run_name=given)
+        monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
+        with start_run("ce images seed 0", {"stage": "main"}) as run:
+            assert run.run_id == launched.info.run_id
+        assert run.name == kept
+
+
+@pytest.mark.parametrize("uri", ["foo://bar", "file:./x", "sqlite:///file/x.db"])
+def test_a_store_that_cannot_be_read_is_one_line(store, monkeypatch, uri):
+    (store / "file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for act in (lambda: open_run("0" * 32), lambda: start_run("a", {}).__enter__()):
+        with pytest.raises(StoreError) as error:
+            act()
+        assert "\n" not in str(error.value)
+
+
+def test_a_deleted_run_is_refused(store):
+    with start_run("a", {}) as run:
+        pass
+    MlflowClient().delete_run(run.run_id)
+    with pytest.raises(RunError, match="is deleted"):
+        open_run(run.run_id)

@@ -1,19 +1,26 @@
 """Images and the splits of them, together: what training and evaluation read."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtail_experts.data.longtail import class_groups
 from longtail_experts.data.sources import ImageData
-from longtail_experts.data.splits import Splits, split_images
+from longtail_experts.data.splits import Splits, manifest, split_images
 
 
 @dataclass(frozen=True)
 class Dataset:
     images: ImageData
     splits: Splits
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """splits/manifest.json."""
+        return manifest(self.splits, self.images)
 
     @property
     def num_classes(self) -> int:

@@ -65,12 +65,14 @@ def load_images(
     """
     if source == "synthetic":
         return synthetic_images(seed, images_per_class or CIFAR100_LARGEST)
-    if data_dir is None:
-        raise DataError(f"data_dir=none: source={source} needs a folder")
-    folder = Path(data_dir)
-    if source == "images":
-        return folder_images(folder)
-    return cifar100_images(folder, download)
+    if not data_dir:
+        raise DataError(f"data_dir={data_dir or 'none'}: source={source} needs a folder")
+    try:
+        if source == "images":
+            return folder_images(Path(data_dir))
+        return cifar100_images(Path(data_dir), download)
+    except OSError as error:  # a folder that may not be read, a name too long
+        raise DataError(f"data_dir={data_dir[:200]}: {error.strerror or error}") from None
 
 
 # --- CIFAR-100 --------------------------------------------------------------------------------
@@ -78,12 +80,12 @@ def load_images(
 
 def cifar100_images(folder: Path, download: bool = True) -> ImageData:
     if official_files_present(folder):
-        return _cifar100_official(folder)
+        return _cifar100_official(folder, download)
     if parquet_files(folder):
         return _cifar100_parquet(folder)
     if not download:
         raise DataError(f"data_dir={folder}: {_WHAT_CIFAR100_LOOKS_LIKE}")
-    return _cifar100_official(folder)
+    return _cifar100_official(folder, download)
 
 
 _WHAT_CIFAR100_LOOKS_LIKE = (
@@ -124,15 +126,25 @@ def cifar100_can_be_downloaded(seconds: float = 5.0) -> bool:
     return reached.is_set()
 
 
-def _cifar100_official(folder: Path) -> ImageData:
+def _cifar100_official(folder: Path, download: bool) -> ImageData:
     from torchvision.datasets import CIFAR100
+    from torchvision.datasets.utils import check_integrity
 
-    archive, extracted = folder / "cifar-100-python.tar.gz", folder / "cifar-100-python"
-    fetch = archive.exists() or not extracted.exists()  # from an archive, torchvision unpacks
+    def both(fetch: bool) -> list:  # torchvision's `download` also unpacks an archive that it has
+        return [CIFAR100(folder, train, download=fetch) for train in (True, False)]
+
+    archive = folder / CIFAR100.filename
     try:
-        if not archive.exists() and not extracted.exists():
-            log.warning("downloading CIFAR-100 into %s (169 MB)", folder)
-        halves = [CIFAR100(folder, train, download=fetch) for train in (True, False)]
+        try:
+            halves = both(fetch=False)
+        except RuntimeError:  # not there, or not of the right md5
+            if check_integrity(archive, CIFAR100.tgz_md5):
+                halves = both(fetch=True)
+            elif download and not official_files_present(folder):
+                log.warning("downloading CIFAR-100 into %s (169 MB)", folder)
+                halves = both(fetch=True)
+            else:
+                raise
     except (OSError, RuntimeError, EOFError) as error:  # md5 mismatch, no network, bad archive
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -452,8 +464,10 @@ def _write_entry(entry: Path, images: ImageData) -> None:
 
 
 def _progress(items: list, what: str) -> Iterable:
-    from tqdm import tqdm
-
+    try:
+        from tqdm import tqdm
+    except ImportError:  # where only torch and its like are installed
+        return items
     seconds = 0.5 if sys.stderr.isatty() else 30
     few = len(items) < 2000
     return tqdm(items, desc=what, unit="image", leave=False, mininterval=seconds, disable=few)

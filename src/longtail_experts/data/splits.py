@@ -69,9 +69,12 @@ def make_splits(
             raise DataError(str(error)) from None
     for c, (asked, there) in enumerate(zip(pool_counts, present, strict=True)):
         if asked > there or there == 0:
+            remedy = "raise imbalance_factor, lower images_per_class, or add images"
+            if imbalance_profile == "natural":
+                remedy = "add images, or take the class away"
             raise DataError(
                 f"class {c} ({images.class_names[c]}): {max(asked, 1)} training images asked, "
-                f"{there} present; raise imbalance_factor, lower images_per_class, or add images"
+                f"{there} present; {remedy}"
             )
     test_counts = np.bincount(images.test_labels, minlength=num_classes).tolist()
     if min(test_counts) == 0:
@@ -201,11 +204,13 @@ def manifest(splits: Splits, images: ImageData) -> dict[str, Any]:
             "class_counts": counts.tolist(),
             "absent_classes": absent,
         }
+    identical = identical_images(splits, images)
     return {
         **splits.settings,
         "sha256": splits.sha256,
         "class_names": list(images.class_names),
         "pool_counts": list(splits.pool_counts),
         "splits": table,
-        "identical_images": identical_images(splits, images),
+        "num_identical_groups": len(identical),
+        "identical_images": identical,
     }

@@ -78,7 +78,7 @@ def fit_temperature(
             raise RuntimeError(f"temperature: slope {slope(log_t):.3g} at log T = {log_t:.6g}")
     low, high = _bootstrap_interval(logits, targets, log_offset, bootstrap_seed)
     value = float(np.exp(log_t))
-    return Temperature(value, min(low, value), max(high, value), at_bound)
+    return Temperature(value, low, high, at_bound)
 
 
 def _bootstrap_interval(

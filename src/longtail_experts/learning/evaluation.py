@@ -50,11 +50,16 @@ def prior_weighted_accuracy(logits: Tensor, targets: Tensor, pool_prior: Tensor)
     return float((pool_prior.double() * recall).sum())
 
 
+def deployment_priors(test_lt_targets: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """The prior q, float64 [C], under which each test split is scored: its own label frequencies
+    on test_lt, uniform on test_balanced."""
+    uniform = torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
+    return {
+        "test_lt": label_frequencies(test_lt_targets, num_classes),
+        "test_balanced": uniform,
+    }
+
+
 def label_frequencies(targets: Tensor, num_classes: int) -> Tensor:
     """float64 [C]."""
     return torch.bincount(targets, minlength=num_classes).double() / len(targets)
-
-
-def uniform(num_classes: int) -> Tensor:
-    """float64 [C]."""
-    return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)

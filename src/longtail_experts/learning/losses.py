@@ -45,23 +45,16 @@ class Loss(NamedTuple):
 
     train_shift: Callable[[Tensor, float], Tensor]
     log_offset: Callable[[Tensor, float], Tensor]
-    source: str
 
 
 # At tau 1, logit_adjust and balanced_softmax are the same function: log n_c and log pi_c differ
 # by the constant log n, which softmax does not see. Two experts of theirs differ by seed alone.
 LOSSES = {
-    "ce": Loss(no_shift, no_shift, "softmax cross-entropy"),
-    "logit_adjust": Loss(
-        tau_log_prior,
-        tau_log_prior,
-        "Menon et al., Long-tail learning via logit adjustment (ICLR 2021), eq. 10",
-    ),
-    "balanced_softmax": Loss(
-        log_counts,
-        log_prior,
-        "Ren et al., Balanced Meta-Softmax for long-tailed recognition (NeurIPS 2020), eq. 3",
-    ),
+    "ce": Loss(no_shift, no_shift),
+    # Menon et al., Long-tail learning via logit adjustment (ICLR 2021), eq. 10
+    "logit_adjust": Loss(tau_log_prior, tau_log_prior),
+    # Ren et al., Balanced Meta-Softmax for long-tailed visual recognition (NeurIPS 2020)
+    "balanced_softmax": Loss(log_counts, log_prior),
 }
 
 

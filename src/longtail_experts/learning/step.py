@@ -20,6 +20,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.SGD
+    memory_format: torch.memory_format = torch.channels_last
     step: int = 0
 
 
@@ -40,13 +41,12 @@ def start_training(
 ) -> TrainState:
     # On a CPU, bf16 in channels-last order is the slowest of the four combinations.
     plain_order = device == "cpu" and precision == "bf16"
-    model = model.to(
-        device, memory_format=torch.contiguous_format if plain_order else torch.channels_last
-    )
+    memory_format = torch.contiguous_format if plain_order else torch.channels_last
+    model = model.to(device, memory_format=memory_format)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
-    return TrainState(model, optimizer)
+    return TrainState(model, optimizer, memory_format)
 
 
 def train_step(
@@ -61,7 +61,7 @@ def train_step(
         group["lr"] = lr
     with exact_float32():
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = state.model(images)
+            logits = state.model(images.contiguous(memory_format=state.memory_format))
         loss = shifted_cross_entropy(logits, targets, shift)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,21 +1,21 @@
 """Entry point `calibrate`: everything after training, into the training run."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from longtail_experts.config import Config, ConfigError, make_config
+from longtail_experts.config import Config, make_config
 from longtail_experts.data.batches import plain_batches
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.splits import POOL_SPLITS, SPLITS
 from longtail_experts.learning.calibration import Temperature, fit_temperature
 from longtail_experts.learning.evaluation import (
+    deployment_priors,
     evaluate,
-    label_frequencies,
     prior_weighted_accuracy,
-    uniform,
 )
 from longtail_experts.learning.losses import LOSSES, prior_of
 from longtail_experts.learning.metrics import mean_over, per_class_recall
@@ -29,23 +29,30 @@ from longtail_experts.tracking.model import log_expert_model
 from longtail_experts.tracking.runs import Run, RunError, open_run
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The two checkpoints of a training run, as networks on the device."""
+
+    best: dict[str, Any]
+    best_network: nn.Module
+    last_step: int
+    last_network: nn.Module
+
+
 def run(run_id: str, changes: dict[str, str]) -> None:
     """Calibrate a training run, recorded by a run of its own that only points at it.
 
     `changes` may override data_dir, device and batch_size. On a run that is calibrated already,
     says so and changes nothing. Raises RunError or DataError before any work is done.
     """
+    resolve(make_config(changes))  # values are checked before the store is opened
     source = open_run(run_id)
     if experts.is_calibrated(source):
-        print(f"run {run_id} is calibrated already; nothing was changed")
+        with experts.launched_calibration_run(source):
+            print(f"run {run_id} is calibrated already; nothing was changed")
         return
     experts.require_trained(source)
-    try:
-        values = yaml.safe_load(source.read_text("config.yaml"))
-        config = make_config(values | {"device": "auto"} | changes)
-    except (ConfigError, yaml.YAMLError, TypeError) as error:
-        raise RunError(f"run {run_id}: config.yaml: {error}") from None
-    config = resolve(config)
+    config = resolve(experts.recorded_config(source).replace(**{"device": "auto"} | changes))
     data = load_dataset(config)
     recorded = source.params.get("splits_sha256")
     if data.splits.sha256 != recorded:
@@ -54,45 +61,61 @@ def run(run_id: str, changes: dict[str, str]) -> None:
             f"{config.data_dir} gives {data.splits.sha256[:12]}: give the data_dir of the same "
             "images in the same order"
         )
+    trained = load_trained(source, config, data)
     with experts.start_calibration_run(source):
-        calibrate_expert(source, config, data)
+        calibrate_expert(source, config, data, trained)
     print(f"run {run_id} calibrated")
 
 
-def calibrate_expert(run_: Run, config: Config, data: Dataset) -> None:
-    """Temperature, logits, test figures, model and report of the best checkpoint."""
-    best = read_checkpoint(run_, "best")
-    network = load_network(best["model"], config, data)
-    logits = split_logits(network, config, data)
+def load_trained(run_: Run, config: Config, data: Dataset) -> Trained:
+    """Both checkpoints; RunError where one is missing, damaged or of another network."""
+    best, last = read_checkpoint(run_, "best"), read_checkpoint(run_, "last")
+    return Trained(
+        best=best,
+        best_network=load_network(best["model"], config, data),
+        last_step=last["step"],
+        last_network=load_network(last["model"], config, data),
+    )
+
+
+def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained) -> None:
+    """Temperature, logits, test figures, model and report of the best checkpoint.
+
+    Raises RunError before anything is written where logits are not finite.
+    """
+    step = trained.best["step"]
+    logits = split_logits(trained.best_network, config, data)
     counts = data.class_counts("train")
-    loss = LOSSES[config.loss]
-    prior, log_offset = prior_of(counts), loss.log_offset(counts, config.tau)
+    prior = prior_of(counts)
+    log_offset = LOSSES[config.loss].log_offset(counts, config.tau)
     temperature = fit_temperature(
         logits["calib"], data.targets("calib"), log_offset, bootstrap_seed=config.split_seed
     )
-    constants = {
-        "temperature": temperature.value,
-        "tau": config.tau,
-        "log_offset": log_offset.tolist(),
-        "prior": prior.tolist(),
-    }
-    save_checkpoint(run_, "final_calibrated", {**best, **constants})
-    write_logits(run_, as_exported(logits, data), constants)
     metrics = test_metrics(logits, data, temperature, log_offset, prior)
-    metrics["test_balanced/balanced_accuracy_last"] = last_accuracy(run_, config, data)
-    run_.log_metrics(metrics, best["step"])
+    scalars = {"temperature": temperature.value, "tau": config.tau}
+    vectors = {"log_offset": log_offset, "prior": prior}
+    save_checkpoint(
+        run_,
+        "final_calibrated",
+        {**trained.best, **scalars, **{name: v.float() for name, v in vectors.items()}},
+    )
+    constants = {**scalars, **{name: v.tolist() for name, v in vectors.items()}}
+    write_logits(run_, as_exported(logits, data), constants)
+    run_.log_metrics(metrics, step)
+    of_last = last_accuracy(trained.last_network, config, data)
+    run_.log_metrics({"test_balanced/balanced_accuracy_last": of_last}, trained.last_step)
     experts.record_per_class(run_, data, recalls(logits, data))
     experts.record_figures(run_, data, logits, temperature.value, log_offset, prior)
     log_expert_model(
         run_,
-        network,
+        trained.best_network,
         data.pixels("val_lt")[:2],
         temperature=temperature.value,
         log_offset=log_offset,
         prior=prior,
-        step=best["step"],
+        step=step,
     )
-    experts.record_report(run_, config, data, logits)
+    experts.record_report(run_, data, logits)
 
 
 def load_network(weights: dict[str, Tensor], config: Config, data: Dataset) -> nn.Module:
@@ -121,6 +144,9 @@ def split_logits(network: nn.Module, config: Config, data: Dataset) -> dict[str,
         torch.from_numpy(data.splits.indices[name]) for name in ("test_balanced", "test_lt")
     )
     logits["test_lt"] = logits["test_balanced"][torch.searchsorted(balanced, lt)]
+    for split, values in logits.items():
+        if not bool(torch.isfinite(values).all()):
+            raise RunError(f"logits of {split} are not finite: the training diverged; lower lr")
     return {split: logits[split] for split in SPLITS}
 
 
@@ -150,10 +176,7 @@ def test_metrics(
         "temperature_at_bound": float(temperature.at_bound),
     }
     targets = {split: data.targets(split) for split in ("test_lt", "test_balanced")}
-    deployment = {
-        "test_lt": label_frequencies(targets["test_lt"], data.num_classes),
-        "test_balanced": uniform(data.num_classes),
-    }
+    deployment = deployment_priors(targets["test_lt"], data.num_classes)
     for split, q in deployment.items():
         values = evaluate(
             logits[split],
@@ -172,9 +195,8 @@ def test_metrics(
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def last_accuracy(run_: Run, config: Config, data: Dataset) -> float:
-    """Balanced accuracy on test_balanced of the last checkpoint."""
-    network = load_network(read_checkpoint(run_, "last")["model"], config, data)
+def last_accuracy(network: nn.Module, config: Config, data: Dataset) -> float:
+    """Balanced accuracy on test_balanced."""
     pixels = data.pixels("test_balanced")
     logits = predict_logits(network, plain_batches(pixels, config.batch_size, config.device))
     recall, _ = per_class_recall(logits.argmax(1), data.targets("test_balanced"), data.num_classes)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.logits import ExpertLogits, load_expert_logits
-from longtail_experts.tracking.runs import Run, RunError, open_run
+from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ def run(run_ids: list[str], out: Path) -> None:
         if losses.count(loss) > 1:
             raise RunError(f"run_ids: two runs of loss {loss}; give one of each")
     _require_same_splits(runs)
-    _require_writable(out)
     manifest = runs[0].read_json("splits/manifest.json")
     name = dataset_name(manifest)
     files: dict[str, Any] = {}
@@ -64,7 +63,8 @@ def run(run_ids: list[str], out: Path) -> None:
         for split in ARGSE_SPLITS:
             targets = first.splits[split].targets.tolist()
             files[f"data/{name}_splits/{split}_targets.json"] = targets
-    write_files(out, files)
+    with launched_run(f"export {name}", {"stage": "export"}):
+        write_files(out, files)
     print(f"{len(files)} files of {', '.join(losses)} written below {out}")
 
 
@@ -74,7 +74,9 @@ def dataset_name(manifest: dict[str, Any]) -> str:
     if profile == "natural":
         return f"{manifest['source']}_natural"
     step = "step_" if profile == "step" else ""
-    return f"{manifest['source']}_lt_{step}if{factor:g}"
+    largest = manifest["images_per_class"]
+    fewer = f"_n{largest}" if largest not in (None, 500) else ""
+    return f"{manifest['source']}_lt_{step}if{factor:g}{fewer}"
 
 
 def half_precision_logits(expert: ExpertLogits) -> dict[str, Tensor]:
@@ -94,17 +96,21 @@ def half_precision_logits(expert: ExpertLogits) -> dict[str, Tensor]:
 
 def write_files(out: Path, files: dict[str, Any]) -> None:
     """Every file to a scratch folder below `out` first; then each moved to its place."""
-    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as scratch:
-        for path, content in files.items():
-            local = Path(scratch) / path
-            local.parent.mkdir(parents=True, exist_ok=True)
-            if path.endswith(".json"):
-                local.write_text(json.dumps(content))
-            else:
-                torch.save(content, local)
+    try:
         for path in files:
             (out / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(scratch) / path, out / path)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as scratch:
+            for path, content in files.items():
+                local = Path(scratch) / path
+                local.parent.mkdir(parents=True, exist_ok=True)
+                if path.endswith(".json"):
+                    local.write_text(json.dumps(content))
+                else:
+                    torch.save(content, local)
+            for path in files:
+                os.replace(Path(scratch) / path, out / path)
+    except OSError as error:
+        raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
 
 
 def _loss_of(run_: Run) -> str:
@@ -119,12 +125,3 @@ def _require_same_splits(runs: list[Run]) -> None:
     if len(set(hashes.values())) > 1:
         listed = ", ".join(f"{run_id}: {str(sha)[:12]}" for run_id, sha in hashes.items())
         raise RunError(f"run_ids: experts of different splits ({listed})")
-
-
-def _require_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise RunError(f"out={out}: cannot be written ({error.strerror})") from None

@@ -8,7 +8,7 @@ import logging
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.learning.step import NonFiniteLossError
-from longtail_experts.stages.calibrate import calibrate_expert
+from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.inputs import for_one_expert
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
@@ -32,7 +32,7 @@ def run_one(config: Config, data: Dataset, loss: str, parent: Run | None = None)
     config = for_one_expert(config, loss)
     with experts.start_expert_run(config, "main", parent) as run_:
         train_expert(run_, config, data)
-        calibrate_expert(run_, config, data)
+        calibrate_expert(run_, config, data, load_trained(run_, config, data))
     return run_.run_id
 
 
@@ -40,6 +40,7 @@ def run_all(config: Config, data: Dataset) -> str:
     """A parent run with one child an expert. A failed child does not stop the others; the
     parent then fails, naming it."""
     with experts.start_parent_run(config) as parent:
+        print(f"{len(LOSS_NAMES)} experts, one after another: multiply the time of one")
         children, failures = {}, {}
         for loss in LOSS_NAMES:
             try:
@@ -47,9 +48,9 @@ def run_all(config: Config, data: Dataset) -> str:
             except Exception as error:
                 foreseen = isinstance(error, NonFiniteLossError | RunError)
                 log.error("%s failed: %s", loss, error, exc_info=not foreseen)
-                failures[loss] = error
+                failures[loss] = (str(error).splitlines() or [type(error).__name__])[0]
         experts.describe_parent(parent, config, children, failures)
         if failures:
-            named = "; ".join(f"{loss}: {error}" for loss, error in failures.items())
-            raise ExpertsFailedError(f"of loss=all failed {named}")
+            named = "; ".join(f"{loss} failed: {reason}" for loss, reason in failures.items())
+            raise ExpertsFailedError(f"loss=all: {named}")
     return parent.run_id

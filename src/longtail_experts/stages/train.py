@@ -2,10 +2,12 @@
 
 import copy
 import math
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from longtail_experts.learning.metrics import accuracies
 from longtail_experts.learning.resnet import build_resnet32, num_parameters
 from longtail_experts.learning.schedule import lr_at, steps_worth_logging
 from longtail_experts.learning.step import (
+    NonFiniteLossError,
     TrainState,
     predict_logits,
     start_training,
@@ -36,6 +39,7 @@ def run(config: Config, data: Dataset) -> str:
     config = for_one_expert(config, config.loss)
     with experts.start_expert_run(config, "train") as run_:
         train_expert(run_, config, data)
+        experts.describe_trained(run_, config)
     return run_.run_id
 
 
@@ -101,7 +105,7 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
                 break
     best = selection.best
     run_.log_metrics({f"best/{name}": value for name, value in best.items()}, best["step"])
-    run_.set_tags({"training": "early_stopped" if selection.is_over else "complete"})
+    run_.set_tags({"training": "complete" if is_last else "early_stopped"})
 
 
 @dataclass
@@ -165,6 +169,11 @@ def validate(state: TrainState, config: Config, data: Dataset) -> dict[str, floa
     batches = plain_batches(data.pixels("val_lt"), config.batch_size, config.device)
     logits, targets = predict_logits(state.model, batches), data.targets("val_lt")
     loss = shifted_cross_entropy(logits, targets, train_shift(config, data))
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteLossError(
+            f"validation loss is not finite after step {state.step - 1}: lower lr, or lengthen "
+            "warmup_steps"
+        )
     values = accuracies(logits.argmax(1), targets, data.groups, data.num_classes)
     return {"loss": float(loss), **values}
 
@@ -201,13 +210,13 @@ def announce_cost(
     trial = copy.deepcopy(state)
     draws = draw_epoch(num_images, 0, 0, config.device)
     batches = augmented_batches(padded, targets, draws, config.batch_size)
-    seconds = math.inf
-    for _, (images, labels) in zip(range(5), batches, strict=False):
+    seconds = []
+    for images, labels in islice(batches, 6):
         started = time.perf_counter()
         loss = train_step(trial, images, labels, shift, 0.0, config.precision)
         float(loss)  # waits for the device
-        seconds = min(seconds, (time.perf_counter() - started) / len(labels))
-    minutes = seconds * num_images * config.epochs / 60
+        seconds.append((time.perf_counter() - started) / len(labels))
+    minutes = statistics.median(seconds[1:]) * num_images * config.epochs / 60
     where = f"{config.device}, {config.precision}"
     if config.device == "cpu":
         where += f", {torch.get_num_threads()} threads"

@@ -1,7 +1,6 @@
 """Checkpoints of a run: tensors and plain values, float32, read with weights_only=True."""
 
 import pickle
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +31,20 @@ def read_checkpoint(run: Run, name: str) -> dict[str, Any]:
     """The checkpoint `name` of a run, on the CPU; RunError where it is missing or damaged."""
     with run.read_artifact(f"checkpoints/{name}.pt") as path:
         try:
-            return load_checkpoint(path)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content["model"], dict):
+                raise TypeError("model is not a dict")
+            int(content["epoch"]), int(content["step"])
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(
                 f"run {run.run_id}: checkpoints/{name}.pt is damaged ({reason})"
             ) from None
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return content

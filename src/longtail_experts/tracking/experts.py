@@ -2,23 +2,37 @@
 
 import csv
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import numpy as np
+import torch
+import yaml
 from torch import Tensor
 
-from longtail_experts.config import Config, to_text
+from longtail_experts.config import Config, ConfigError, make_config, to_text
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
-from longtail_experts.data.splits import SPLITS, manifest
+from longtail_experts.data.splits import SPLITS
 from longtail_experts.learning.calibration import deployment_scores
-from longtail_experts.learning.evaluation import label_frequencies, uniform
-from longtail_experts.learning.metrics import balanced_accuracy_standard_error, reliability
+from longtail_experts.learning.evaluation import deployment_priors
+from longtail_experts.learning.metrics import (
+    accuracies,
+    balanced_accuracy_standard_error,
+    reliability,
+)
 from longtail_experts.tracking import figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
-from longtail_experts.tracking.logits import load_expert_logits
-from longtail_experts.tracking.runs import Run, RunError, link_to, start_run
+from longtail_experts.tracking.logits import read_logits
+from longtail_experts.tracking.runs import (
+    Run,
+    RunError,
+    git_tags,
+    launched_run,
+    link_to,
+    start_run,
+)
 
 SYNTHETIC_NOTICE = (
     "**Synthetic images.** This is a demonstration on generated pictures; its numbers say "
@@ -26,21 +40,24 @@ SYNTHETIC_NOTICE = (
 )
 
 
+MAX_LISTED = 30  # groups of identical images on a page; MLflow cuts long descriptions
+
+
 def notice(config: Config) -> str:
     """What a description opens with where nobody must mistake the run for a real one."""
     return f"{SYNTHETIC_NOTICE}\n\n" if config.source == "synthetic" else ""
 
 
-def run_name(config: Config) -> str:
-    what = "DEMO synthetic" if config.source == "synthetic" else config.source
-    return f"{config.loss} {what} seed {config.seed}"
+def run_name(config: Config, what: str) -> str:
+    demo = "DEMO " if config.source == "synthetic" else ""
+    return f"{demo}{what} {config.source} seed {config.seed}"
 
 
 def start_expert_run(
     config: Config, stage: str, parent: Run | None = None
 ) -> AbstractContextManager[Run]:
     tags = {"stage": stage, "expert": config.loss, **machine_tags(config)}
-    return start_run(run_name(config), tags, parent)
+    return start_run(run_name(config, config.loss), tags, parent)
 
 
 def machine_tags(config: Config) -> dict[str, str]:
@@ -48,12 +65,16 @@ def machine_tags(config: Config) -> dict[str, str]:
         "data.source": config.source,
         "device": config.device,
         "precision": config.precision,
+        **git_tags(),
     }
 
 
 def record_inputs(run: Run, config: Config, data: Dataset, num_parameters: int) -> None:
     """Config, params, splits and data sets: all that is known before the first step."""
-    run.describe(f"{notice(config)}Training {config.loss}; results appear here at the end.")
+    run.describe(
+        f"{notice(config)}Training under {config.loss}: figures by epoch are under Model metrics, "
+        "results appear here after calibration."
+    )
     run.write_text("config.yaml", config.to_yaml())
     record_splits(run, data)
     run.log_params(
@@ -64,11 +85,10 @@ def record_inputs(run: Run, config: Config, data: Dataset, num_parameters: int) 
 
 def record_splits(run: Run, data: Dataset) -> None:
     """splits/*.json and what `mlflow ui` shows under *Datasets used*."""
-    description = manifest(data.splits, data.images)
     for split in SPLITS:
         indices = data.splits.indices[split].tolist()
         run.write_json(f"splits/{split}_indices.json", indices)
-    run.write_json("splits/manifest.json", description)
+    run.write_json("splits/manifest.json", data.manifest)
     run.log_datasets(
         (split, data.splits.sha256, data.images.source, {"num_rows": data.size(split)})
         for split in SPLITS
@@ -93,21 +113,37 @@ def record_schedule(
 
 
 def start_data_run(config: Config) -> AbstractContextManager[Run]:
-    return start_run(f"data {config.source}", {"stage": "data", "data.source": config.source})
+    tags = {"stage": "data", "data.source": config.source, **git_tags()}
+    return start_run(run_name(config, "data"), tags)
 
 
 def start_parent_run(config: Config) -> AbstractContextManager[Run]:
-    name = run_name(config).replace("all", "all experts", 1)
-    return start_run(name, {"stage": "all", **machine_tags(config)})
+    return start_run(run_name(config, "all experts"), {"stage": "all", **machine_tags(config)})
 
 
 def start_calibration_run(source: Run) -> AbstractContextManager[Run]:
-    return start_run(f"calibrate {source.name}", {"stage": "calibrate"} | pointer_to(source))
+    return start_run(f"calibrate {source.name}", pointer_to(source))
+
+
+def launched_calibration_run(source: Run) -> AbstractContextManager[Run | None]:
+    return launched_run(f"calibrate {source.name}", pointer_to(source))
 
 
 def pointer_to(source: Run) -> dict[str, str]:
-    note = f"Calibrated run [{source.name}]({link_to(source)}); everything is there."
-    return {"source_run_id": source.run_id, "mlflow.note.content": note}
+    note = f"Calibration of run [{source.name}]({link_to(source)}); everything is there."
+    return {
+        "stage": "calibrate",
+        "source_run_id": source.run_id,
+        "mlflow.note.content": note,
+    }
+
+
+def recorded_config(run: Run) -> Config:
+    """The config that a run was started with; RunError where it cannot be read."""
+    try:
+        return make_config(yaml.safe_load(run.read_text("config.yaml")))
+    except (ConfigError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise RunError(f"run {run.run_id}: config.yaml: {error}") from None
 
 
 def is_calibrated(run: Run) -> bool:
@@ -115,15 +151,18 @@ def is_calibrated(run: Run) -> bool:
 
 
 def require_trained(run: Run) -> None:
-    """Raises RunError for a run that is still training, or has no checkpoint."""
+    """Raises RunError for a run that has no checkpoint, or whose training has not ended well."""
     if not run.has_artifact("checkpoints/best.pt"):
         stage = run.tags.get("stage", "none")
         raise RunError(
             f"run {run.run_id}: has no checkpoints/best.pt (its stage is {stage}); give the id "
             "of a train run"
         )
-    if run.status == "RUNNING":
-        raise RunError(f"run {run.run_id}: is still RUNNING; calibrate it when it has ended")
+    if "training" not in run.tags:
+        raise RunError(
+            f"run {run.run_id}: its training has not ended (status {run.status}); train again, "
+            "or wait for it"
+        )
 
 
 # --- after calibration ------------------------------------------------------------------------
@@ -173,10 +212,7 @@ def record_figures(
     curves = ("train/loss", "val/balanced_accuracy", "val/head_accuracy", "val/tail_accuracy")
     with run.artifact("figures/learning_curves.png") as path:
         figures.learning_curves({name: run.history(name) for name in curves}, path)
-    deployment = {
-        "test_lt": label_frequencies(data.targets("test_lt"), data.num_classes),
-        "test_balanced": uniform(data.num_classes),
-    }
+    deployment = deployment_priors(data.targets("test_lt"), data.num_classes)
     panels = {
         split: {
             label: reliability(
@@ -191,17 +227,28 @@ def record_figures(
         figures.reliability(panels, path)
 
 
-def record_report(run: Run, config: Config, data: Dataset, logits: Mapping[str, Tensor]) -> None:
-    """report.md and the description; the tag `calibrated` says that the record is complete."""
+def describe_trained(run: Run, config: Config) -> None:
+    """The page of a run that `train` has finished and nothing has calibrated yet."""
     metrics = run.metrics
+    run.describe(
+        f"{notice(config)}Trained under {config.loss}, not calibrated. Best checkpoint: epoch "
+        f"{int(metrics['best/epoch'])}, "
+        f"{100 * metrics['best/val_balanced_accuracy']:.2f} % balanced on val_lt.\n\n"
+        f"Next: `mlflow run . -e calibrate -P run_id={run.run_id}`"
+    )
+
+
+def record_report(run: Run, data: Dataset, logits: Mapping[str, Tensor]) -> None:
+    """report.md and the description; the tag `calibrated` says that the record is complete."""
+    metrics, config = run.metrics, recorded_config(run)
     checks = success_checklist(run, config, data, logits)
-    title = f"{config.loss}: test_balanced balanced accuracy"
     balanced = metrics["test_balanced/balanced_accuracy"]
     text = "\n\n".join(
         [
-            f"{notice(config)}## {title} {100 * balanced:.2f} %",
-            report.results_markdown(metrics),
-            standard_errors(data, logits),
+            f"{notice(config)}## {config.loss}: test_balanced balanced accuracy "
+            f"{100 * balanced:.2f} %",
+            accuracy_table(metrics, data, logits),
+            report.calibration_markdown(metrics),
             f"## Success checklist\n\n{report.checklist_markdown(checks)}",
             f"## What was done\n\n{what_was_done(run, config, data)}",
         ]
@@ -213,26 +260,24 @@ def record_report(run: Run, config: Config, data: Dataset, logits: Mapping[str, 
         print(f"[{'x' if check.passed else ' '}] {check.what} ({check.numbers})")
 
 
-def standard_errors(data: Dataset, logits: Mapping[str, Tensor]) -> str:
-    """Images and standard error of the means over classes, by split and group."""
-    groups = {"balanced": None, "head": data.groups["head"], "tail": data.groups["tail"]}
-    rows = []
+def accuracy_table(
+    metrics: Mapping[str, float], data: Dataset, logits: Mapping[str, Tensor]
+) -> str:
+    """Accuracies of argmax f in percent, means over classes with their standard error and n."""
+    groups, rows = data.groups, []
     for split in ("test_balanced", "test_lt", "val_lt"):
-        targets, row = data.targets(split), [split]
-        for mask in groups.values():
-            n = len(targets) if mask is None else int(mask[targets].sum())
-            predictions = logits[split].argmax(1)
-            error = (
-                balanced_accuracy_standard_error(predictions, targets, data.num_classes, mask)
-                if n
-                else math.nan
-            )
-            row += [str(n), report.percent(error)]
+        targets, predictions = data.targets(split), logits[split].argmax(1)
+        values = accuracies(predictions, targets, groups, data.num_classes)
+        row = [split, report.percent(values["accuracy"])]
+        for name in ("balanced", *groups):
+            mask = groups.get(name, torch.ones(data.num_classes, dtype=torch.bool))
+            value, n = values.get(f"{name}_accuracy"), int(mask[targets].sum())
+            error = balanced_accuracy_standard_error(predictions, targets, data.num_classes, mask)
+            row.append("-" if value is None else report.with_error(value, error, n))
+        row.append(report.percent(metrics.get(f"{split}/adjusted_balanced_accuracy")))
         rows.append(row)
-    header = ["standard error, points"]
-    for name in groups:
-        header += [f"{name} n", f"{name} s.e."]
-    return report.table(header, rows)
+    header = ("accuracy, %", "overall", "balanced", *groups, "adjusted balanced")
+    return f"{report.table(header, rows)}\n\nMeans over classes ± standard error (n images)."
 
 
 def success_checklist(
@@ -247,7 +292,7 @@ def success_checklist(
     )
     expected, rows, problem = {split: data.size(split) for split in SPLITS}, {}, ""
     try:
-        stored = load_expert_logits(run.run_id).splits
+        stored = read_logits(run).splits
         rows = {split: len(stored[split].targets) for split in stored}
     except RunError as failure:
         problem = str(failure)
@@ -281,16 +326,19 @@ def success_checklist(
 
 def what_was_done(run: Run, config: Config, data: Dataset) -> str:
     metrics, tags = run.metrics, run.tags
-    images = data.images
+    images, epochs = data.images, int(metrics["epoch"]) + 1
     sizes = ", ".join(f"{split} {data.size(split):,}" for split in SPLITS)
     return "\n".join(
         [
-            f"- ResNet-32 ({config.shortcut} shortcut) under {config.loss}, {config.epochs} "
-            f"epochs; the checkpoint of epoch {int(metrics['best/epoch'])}, best on val_lt "
+            f"- ResNet-32 ({config.shortcut} shortcut) under {config.loss}, "
+            f"{epochs} epochs; the checkpoint of epoch "
+            f"{int(metrics['best/epoch'])}, best on val_lt "
             f"({100 * metrics['best/val_balanced_accuracy']:.2f} % balanced), gave everything "
             "above",
             f"- images: {images.source}, fingerprint `{images.fingerprint[:12]}`, splits "
-            f"`{data.splits.sha256[:12]}` ({sizes})",
+            f"`{data.splits.sha256[:12]}` ({sizes}); "
+            f"{data.manifest['num_identical_groups']} groups of identical pixels, see "
+            "splits/manifest.json",
             f"- on {tags.get('device')}, {tags.get('precision')}; commit "
             f"`{tags.get('git.commit', 'unknown')[:12]}`"
             f"{' with uncommitted changes' if tags.get('git.dirty') == 'true' else ''}",
@@ -301,12 +349,12 @@ def what_was_done(run: Run, config: Config, data: Dataset) -> str:
 
 def repeat_command(config: Config) -> str:
     """The `mlflow run` line that gives this expert: what differs from the full recipe."""
-    skipped = {"loss", "device", "precision"}
+    skipped = {"loss", "device"}
     if config.expert_seed == derive_seed(config.seed, config.loss):
         skipped.add("expert_seed")
     given = config.model_dump()
     changed = [
-        f" -P {name}={to_text(given[name])}"
+        f" -P {shlex.quote(f'{name}={to_text(given[name])}')}"
         for name, field in Config.model_fields.items()
         if name not in skipped and given[name] != field.default
     ]
@@ -314,7 +362,7 @@ def repeat_command(config: Config) -> str:
 
 
 def describe_parent(
-    parent: Run, config: Config, children: Mapping[str, str], failures: Mapping[str, Exception]
+    parent: Run, config: Config, children: Mapping[str, str], failures: Mapping[str, str]
 ) -> None:
     """The experts of loss=all side by side, on the page of their parent."""
     rows = []
@@ -328,14 +376,15 @@ def describe_parent(
                 f"{metrics['temperature']:.3f}",
             ]
         )
-    rows += [[f"{loss}: FAILED ({error})", *["-"] * 9] for loss, error in failures.items()]
+    for loss, reason in failures.items():
+        rows.append([f"{loss}: FAILED ({reason.replace('|', '/')})", *["-"] * 9])
     header = ("test_balanced, %", *report.ACCURACIES, "T")
     parent.describe(f"{notice(config)}{report.table(header, rows)}")
 
 
 def record_split_report(run: Run, config: Config, data: Dataset) -> None:
     """Sizes, absent classes and identical images of the splits, in words and as a figure."""
-    facts = manifest(data.splits, data.images)
+    facts = data.manifest
     counts = {split: data.class_counts(split).numpy() for split in SPLITS}
     rows = [
         [
@@ -349,12 +398,12 @@ def record_split_report(run: Run, config: Config, data: Dataset) -> None:
     ]
     header = ("split", "images", "most in a class", "fewest", "classes absent")
     same = facts["identical_images"]
-    listed = "".join(f"\n- {', '.join(group)}" for group in same)
+    listed = "".join(f"\n- {', '.join(group)}" for group in same[:MAX_LISTED])
     text = (
         f"{notice(config)}{report.table(header, rows)}\n\nSplits `{data.splits.sha256}` of "
         f"{config.source} `{data.images.fingerprint}`; disjoint by index, as checked.\n\n"
         f"Groups of images with identical pixels under different indices: {len(same)} "
-        f"(reported, not removed).{listed}\n"
+        f"(reported, not removed; all in splits/manifest.json).{listed}\n"
     )
     run.write_text("report.md", text)
     run.describe(text)

@@ -1,5 +1,5 @@
-"""Figures of runs. Colours are Okabe and Ito's, safe for colour-blind readers; head, medium and
-tail are marked the same way everywhere."""
+"""Figures of runs. Colours are Okabe and Ito's, safe for colour-blind readers; head and tail are
+marked the same way everywhere."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -2,7 +2,8 @@
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -57,16 +58,21 @@ def load_expert_logits(run_id: str) -> ExpertLogits:
     malformed or not the one whose hash the manifest holds.
     """
     run = open_run(run_id)
-    if not run.has_artifact("logits/manifest.json"):
+    if run.tags.get("calibrated") != "true":
         raise RunError(
-            f"run {run_id}: has no logits; calibrate it first "
+            f"run {run_id}: is not calibrated; calibrate it first "
             f"(mlflow run . -e calibrate -P run_id={run_id})"
         )
-    try:
-        manifest, split_manifest = (
-            run.read_json(f"{folder}/manifest.json") for folder in ("logits", "splits")
-        )
-        names = tuple(map(str, split_manifest["class_names"]))
+    return read_logits(run)
+
+
+def read_logits(run: Run) -> ExpertLogits:
+    """What `write_logits` wrote, checked; RunError where anything is not as it should be."""
+    what = f"run {run.run_id}: logits/manifest.json"
+    with _malformed(f"run {run.run_id}: splits/manifest.json"):
+        names = tuple(map(str, run.read_json("splits/manifest.json")["class_names"]))
+    with _malformed(what):
+        manifest = run.read_json("logits/manifest.json")
         constants = {
             "temperature": float(manifest["temperature"]),
             "tau": float(manifest["tau"]),
@@ -75,17 +81,22 @@ def load_expert_logits(run_id: str) -> ExpertLogits:
         }
         files = {name: manifest["files"][name] for name in SPLITS}
         expected = {name: (str(file["sha256"]), int(file["rows"])) for name, file in files.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"run {run_id}: logits/manifest.json is malformed ({error!r})") from None
     splits = {}
     for name, (sha256, rows) in expected.items():
         with run.read_artifact(f"logits/{name}.npz") as path:
-            splits[name] = _read_split(path, sha256, (rows, len(names)), f"run {run_id}: {name}")
+            where = f"run {run.run_id}: {name}"
+            splits[name] = _read_split(path, sha256, (rows, len(names)), where)
     return ExpertLogits(
-        run_id=run_id, splits=MappingProxyType(splits), class_names=names, **constants
+        run_id=run.run_id, splits=MappingProxyType(splits), class_names=names, **constants
     )
+
+
+@contextmanager
+def _malformed(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{what} is malformed ({error!r})") from None
 
 
 def _vector(values: list[float], length: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+ENDINGS = ("_uncalibrated", "")
 ACCURACIES = ("accuracy", "balanced", "head", "tail", "many", "medium", "few", "adjusted balanced")
 
 
@@ -89,29 +90,23 @@ def accuracy_row(metrics: Mapping[str, float], split: str) -> list[str]:
     return [percent(metrics.get(f"{split}/{key}")) for key in keys]
 
 
-def results_markdown(metrics: Mapping[str, float]) -> str:
-    """Accuracies and calibration of one expert, from the metrics of its run."""
-    tests = ("test_balanced", "test_lt")
-    accuracy = table(
-        ("accuracy, %", *ACCURACIES), [[split, *accuracy_row(metrics, split)] for split in tests]
-    )
-    calibration = table(
-        ("calibration", "T = 1", "calibrated"),
-        [
-            [f"{split} {label}", *(show(metrics[f"{split}/{key}{end}"]) for end in ENDINGS)]
-            for split in tests
-            for key, label, show in (
-                ("nll", "NLL, nats", lambda v: f"{v:.4f}"),
-                ("brier", "Brier", lambda v: f"{v:.4f}"),
-                ("ece", "ECE, %", lambda v: f"{100 * v:.2f}"),
-            )
-        ],
-    )
-    temperature = (
+def with_error(value: float, error: float, n: int) -> str:
+    return f"{100 * value:.2f} ± {100 * error:.2f} ({n:,})"
+
+
+def calibration_markdown(metrics: Mapping[str, float]) -> str:
+    """NLL, Brier and ECE before and after, and the temperature, from the metrics of a run."""
+    rows = [
+        [f"{split} {label}", *(show(metrics[f"{split}/{key}{end}"]) for end in ENDINGS)]
+        for split in ("test_balanced", "test_lt")
+        for key, label, show in (
+            ("nll", "NLL, nats", lambda v: f"{v:.4f}"),
+            ("brier", "Brier", lambda v: f"{v:.4f}"),
+            ("ece", "ECE, %", lambda v: f"{100 * v:.2f}"),
+        )
+    ]
+    return (
+        f"{table(('calibration', 'T = 1', 'calibrated'), rows)}\n\n"
         f"Temperature {metrics['temperature']:.4f} (95 % interval "
         f"{metrics['temperature_low']:.3f} to {metrics['temperature_high']:.3f})."
     )
-    return f"{accuracy}\n\n{calibration}\n\n{temperature}"
-
-
-ENDINGS = ("_uncalibrated", "")

@@ -7,11 +7,12 @@ MLflow's own default, and `mlflow run` has already created the one that we are t
 import json
 import logging
 import os
+import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 
 BATCH = 1000  # what one log_batch call may hold
+GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # as MLflow names a run by itself
 
 
-class RunError(ValueError):
-    """A run, or the store, is not what a stage needs; one line with the remedy."""
+class RunError(RuntimeError):
+    """A run is not what a stage needs; one line with the remedy."""
+
+
+class StoreError(RunError):
+    """The store cannot take a run."""
 
 
 class Run:
@@ -160,16 +166,27 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+@contextmanager
+def _store_at_fault(what: str) -> Iterator[None]:
+    """At the first contact, whatever MLflow, its database or the disk raises."""
+    try:
+        yield
+    except Exception as error:
+        raise StoreError(f"{what}: {_first_line(error)}") from None
+
+
 def open_run(run_id: str) -> Run:
     """A run that exists; raises RunError where the store has none of that id."""
-    run = Run(run_id)
+    uri = mlflow.get_tracking_uri()
+    with _store_at_fault(f"the store {uri} cannot be read"):
+        run = Run(run_id)
+        run.client.search_experiments(max_results=1)
     try:
-        run._data()
-    except MlflowException as error:
-        raise RunError(
-            f"run_id={run_id[:60]}: not found in the store {mlflow.get_tracking_uri()} "
-            f"({_first_line(error)})"
-        ) from None
+        stage = run.client.get_run(run_id).info.lifecycle_stage
+    except MlflowException:
+        raise RunError(f"run_id={run_id[:60]}: not found in the store {uri}") from None
+    if stage == "deleted":
+        raise RunError(f"run_id={run_id}: is deleted; restore it first (mlflow runs restore)")
     return run
 
 
@@ -177,27 +194,30 @@ def open_run(run_id: str) -> Run:
 def start_run(name: str, tags: Mapping[str, str], parent: Run | None = None) -> Iterator[Run]:
     """The run of this process, or a child of `parent`; ends FINISHED, FAILED or KILLED.
 
-    Under `mlflow run` the launcher has created it already; else a new one is created.
+    Under `mlflow run` the launcher has created it already; else a new one is created. A name
+    that the user gave to the launcher is kept. Raises StoreError before any work is done.
     """
-    try:
+    with _store_at_fault(f"no run can be started in {mlflow.get_tracking_uri()}"):
         active = mlflow.start_run(nested=parent is not None, parent_run_id=parent and parent.run_id)
-    except MlflowException as error:
-        uri = mlflow.get_tracking_uri()
-        raise RunError(f"no run can be started in {uri}: {_first_line(error)}") from None
     run, status = Run(active.info.run_id), "FAILED"
     try:
+        run.set_tags(tags)
+        if GENERATED_NAME.fullmatch(run.name) or name.startswith("DEMO"):
+            run.rename(name)
         _require_usable_artifact_root(run)
-        run.rename(name)
-        run.set_tags({**tags, **_git_tags()})
         yield run
         status = "FINISHED"
-    except Exception:
-        raise
-    except BaseException:  # Ctrl-C, SIGTERM
-        status = "KILLED"
+    except BaseException as error:
+        if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
+            status = "KILLED"
         raise
     finally:
         mlflow.end_run(status)
+
+
+def launched_run(name: str, tags: Mapping[str, str]) -> AbstractContextManager[Run | None]:
+    """The run that `mlflow run` has created for this process; nothing without a launcher."""
+    return start_run(name, tags) if os.environ.get("MLFLOW_RUN_ID") else nullcontext()
 
 
 def link_to(run: Run) -> str:
@@ -211,14 +231,16 @@ def _require_usable_artifact_root(run: Run) -> None:
     root = run.client.get_run(run.run_id).info.artifact_uri
     uri = mlflow.get_tracking_uri()
     if root.startswith("mlflow-artifacts:") and not uri.startswith(("http:", "https:")):
-        raise RunError(
+        raise StoreError(
             "the experiment was created by `mlflow ui`, which keeps its artifacts for its own "
             "server: use another one (mlflow run . --experiment-name longtail ...; without "
             "mlflow run: MLFLOW_EXPERIMENT_NAME=longtail)"
         )
 
 
-def _git_tags() -> dict[str, str]:
+def git_tags() -> dict[str, str]:
+    """Commit of the source and whether it was changed since; nothing outside a repository."""
+
     def git(*arguments: str) -> str:
         answer = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments],
