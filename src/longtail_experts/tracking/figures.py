@@ -100,7 +100,7 @@ def per_class_accuracy(
         ylim=(-3, 103),
     )
     _plain_numbers_on_log_axis(axes.xaxis)
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside lower center", ncols=2)
     _save(figure, path)
 
 
