@@ -41,7 +41,7 @@ def test_boxes(check, passed, numbers):
     assert check.passed is passed
     assert numbers in check.numbers
     box = checklist_markdown([check])
-    assert box.startswith("- [x] " if passed else "- [ ] ")
+    assert box.startswith("- ☑ " if passed else "- ☐ ")
     assert numbers in box
 
 

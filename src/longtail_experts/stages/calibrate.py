@@ -102,7 +102,9 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     constants = {**scalars, **{name: v.tolist() for name, v in vectors.items()}}
     write_logits(run_, as_exported(logits, data), constants)
     run_.log_metrics(metrics, step)
-    of_last = last_accuracy(trained.last_network, config, data)
+    of_last = metrics["test_balanced/balanced_accuracy"]
+    if trained.last_step != step:
+        of_last = balanced_accuracy_of(trained.last_network, config, data)
     run_.log_metrics({"test_balanced/balanced_accuracy_last": of_last}, trained.last_step)
     experts.record_per_class(run_, data, recalls(logits, data))
     experts.record_figures(run_, data, logits, temperature.value, log_offset, prior)
@@ -195,7 +197,7 @@ def test_metrics(
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def last_accuracy(network: nn.Module, config: Config, data: Dataset) -> float:
+def balanced_accuracy_of(network: nn.Module, config: Config, data: Dataset) -> float:
     """Balanced accuracy on test_balanced."""
     pixels = data.pixels("test_balanced")
     logits = predict_logits(network, plain_batches(pixels, config.batch_size, config.device))

@@ -257,7 +257,7 @@ def record_report(run: Run, data: Dataset, logits: Mapping[str, Tensor]) -> None
     run.describe(text)
     run.set_tags({"calibrated": "true"})
     for check in checks:
-        print(f"[{'x' if check.passed else ' '}] {check.what} ({check.numbers})")
+        print(report.box(check))
 
 
 def accuracy_table(

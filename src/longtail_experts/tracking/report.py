@@ -71,7 +71,12 @@ def checkpoints_load(problems: Mapping[str, str]) -> Check:
 
 
 def checklist_markdown(checks: Sequence[Check]) -> str:
-    return "\n".join(f"- [{'x' if c.passed else ' '}] {c.what} ({c.numbers})" for c in checks)
+    """Boxes as characters: `mlflow ui` drops those of Markdown's task lists."""
+    return "\n".join(f"- {box(check)}" for check in checks)
+
+
+def box(check: Check) -> str:
+    return f"{'☑' if check.passed else '☐'} {check.what} ({check.numbers})"
 
 
 def percent(value: float | None) -> str:
