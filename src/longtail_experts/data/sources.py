@@ -35,6 +35,11 @@ class DataError(ValueError):
     """What is wrong with the images, and where, in one line."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of one line; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A whole source in memory. Labels are class indices; images are RGB."""
@@ -146,10 +151,9 @@ def _cifar100_official(folder: Path, download: bool) -> ImageData:
             else:
                 raise
     except (OSError, RuntimeError, EOFError) as error:  # md5 mismatch, no network, bad archive
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"data_dir={folder}: CIFAR-100 is missing, damaged or cannot be downloaded ({reason});"
-            f" {_WHAT_CIFAR100_LOOKS_LIKE}"
+            f"data_dir={folder}: CIFAR-100 is missing, damaged or cannot be downloaded "
+            f"({first_line(error)}); {_WHAT_CIFAR100_LOOKS_LIKE}"
         ) from None
     train, test = halves
     return _image_data(
@@ -208,8 +212,9 @@ def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str,
             column, fine = table["img"], table["fine_label"].to_pylist()
             encoded = [cell["bytes"] for cell in column.to_pylist()]
         except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{path}: not a parquet file of CIFAR-100 ({reason})") from None
+            raise DataError(
+                f"{path}: not a parquet file of CIFAR-100 ({first_line(error)})"
+            ) from None
         for row, label in enumerate(fine):
             if type(label) is not int or not 0 <= label < CIFAR100_CLASSES:
                 raise DataError(f"{path}: row {row}: fine_label={label} is not in 0..99")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longtail_experts.config import Config, make_config
 from longtail_experts.data.batches import plain_batches
 from longtail_experts.data.dataset import Dataset
+from longtail_experts.data.sources import first_line
 from longtail_experts.data.splits import POOL_SPLITS, SPLITS
 from longtail_experts.learning.calibration import Temperature, fit_temperature
 from longtail_experts.learning.evaluation import (
@@ -24,7 +25,7 @@ from longtail_experts.learning.step import predict_logits
 from longtail_experts.stages.inputs import load_dataset, resolve
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
-from longtail_experts.tracking.logits import SplitLogits, write_logits
+from longtail_experts.tracking.logits import SplitLogits, is_calibrated, write_logits
 from longtail_experts.tracking.model import log_expert_model
 from longtail_experts.tracking.runs import Run, RunError, open_run
 
@@ -47,7 +48,7 @@ def run(run_id: str, changes: dict[str, str]) -> None:
     """
     resolve(make_config(changes))  # values are checked before the store is opened
     source = open_run(run_id)
-    if experts.is_calibrated(source):
+    if is_calibrated(source):
         with experts.launched_calibration_run(source):
             print(f"run {run_id} is calibrated already; nothing was changed")
         return
@@ -126,8 +127,9 @@ def load_network(weights: dict[str, Tensor], config: Config, data: Dataset) -> n
     try:
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"checkpoint does not fit a ResNet-32 of this config ({reason})") from None
+        raise RunError(
+            f"checkpoint does not fit a ResNet-32 of this config ({first_line(error)})"
+        ) from None
     return network.to(config.device, memory_format=torch.channels_last)
 
 

@@ -7,6 +7,7 @@ import logging
 
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
+from longtail_experts.data.sources import first_line
 from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.inputs import for_one_expert
@@ -48,7 +49,7 @@ def run_all(config: Config, data: Dataset) -> str:
             except Exception as error:
                 foreseen = isinstance(error, NonFiniteLossError | RunError)
                 log.error("%s failed: %s", loss, error, exc_info=not foreseen)
-                failures[loss] = (str(error).splitlines() or [type(error).__name__])[0]
+                failures[loss] = first_line(error)
         experts.describe_parent(parent, config, children, failures)
         if failures:
             named = "; ".join(f"{loss} failed: {reason}" for loss, reason in failures.items())

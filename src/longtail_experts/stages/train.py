@@ -201,7 +201,11 @@ def show(bar: tqdm, lr: float, loss: float, validation: dict[str, float]) -> Non
 
 
 def announce_cost(
-    config: Config, state: TrainState, padded: torch.Tensor, targets: torch.Tensor, shift
+    config: Config,
+    state: TrainState,
+    padded: torch.Tensor,
+    targets: torch.Tensor,
+    shift: torch.Tensor,
 ) -> None:
     """Time a few steps on a throwaway copy and print what the whole training will take."""
     num_images = len(targets)

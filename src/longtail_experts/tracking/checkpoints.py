@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.runs import Run, RunError
 
 
@@ -43,8 +44,7 @@ def read_checkpoint(run: Run, name: str) -> dict[str, Any]:
             TypeError,
             ValueError,
         ) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(
-                f"run {run.run_id}: checkpoints/{name}.pt is damaged ({reason})"
+                f"run {run.run_id}: checkpoints/{name}.pt is damaged ({first_line(error)})"
             ) from None
     return content

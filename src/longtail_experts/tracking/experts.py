@@ -38,8 +38,6 @@ SYNTHETIC_NOTICE = (
     "**Synthetic images.** This is a demonstration on generated pictures; its numbers say "
     "nothing about CIFAR-100 or any real data."
 )
-
-
 MAX_LISTED = 30  # groups of identical images on a page; MLflow cuts long descriptions
 
 
@@ -144,10 +142,6 @@ def recorded_config(run: Run) -> Config:
         return make_config(yaml.safe_load(run.read_text("config.yaml")))
     except (ConfigError, yaml.YAMLError, TypeError, ValueError) as error:
         raise RunError(f"run {run.run_id}: config.yaml: {error}") from None
-
-
-def is_calibrated(run: Run) -> bool:
-    return run.tags.get("calibrated") == "true"
 
 
 def require_trained(run: Run) -> None:

@@ -51,6 +51,11 @@ def write_logits(run: Run, logits: Mapping[str, SplitLogits], constants: dict[st
     run.write_json("logits/manifest.json", {**constants, "files": files})
 
 
+def is_calibrated(run: Run) -> bool:
+    """Whether everything after training is in the run; the tag is the last thing written."""
+    return run.tags.get("calibrated") == "true"
+
+
 def load_expert_logits(run_id: str) -> ExpertLogits:
     """The logits and calibration of a finished expert, checked against its manifest.
 
@@ -58,7 +63,7 @@ def load_expert_logits(run_id: str) -> ExpertLogits:
     malformed or not the one whose hash the manifest holds.
     """
     run = open_run(run_id)
-    if run.tags.get("calibrated") != "true":
+    if not is_calibrated(run):
         raise RunError(
             f"run {run_id}: is not calibrated; calibrate it first "
             f"(mlflow run . -e calibrate -P run_id={run_id})"

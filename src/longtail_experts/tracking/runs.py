@@ -22,6 +22,8 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from longtail_experts.data.sources import first_line
+
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 
@@ -150,7 +152,7 @@ class Run:
                 local = self.client.download_artifacts(self.run_id, path, scratch)
             except (MlflowException, OSError) as error:
                 raise RunError(
-                    f"run {self.run_id}: artifact {path} cannot be read ({_first_line(error)})"
+                    f"run {self.run_id}: artifact {path} cannot be read ({first_line(error)})"
                 ) from None
             yield Path(local)
 
@@ -162,17 +164,13 @@ class Run:
         return json.loads(self.read_text(path))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 @contextmanager
 def _store_at_fault(what: str) -> Iterator[None]:
     """At the first contact, whatever MLflow, its database or the disk raises."""
     try:
         yield
     except Exception as error:
-        raise StoreError(f"{what}: {_first_line(error)}") from None
+        raise StoreError(f"{what}: {first_line(error)}") from None
 
 
 def open_run(run_id: str) -> Run:
