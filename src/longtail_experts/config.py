@@ -89,11 +89,18 @@ class Config(BaseModel):
         description="of the training's forward and backward pass; auto: bf16 on a GPU and on "
         "processors with bf16 instructions. Exported logits are always fp32",
     )
+    fast: bool = Field(
+        True,
+        description="compile the training step where the run is long enough to repay it; false: "
+        "PyTorch's own operators always",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _plain_values(cls, values: Any) -> Any:
         for name, value in values.items():
+            if name in cls.model_fields and cls.model_fields[name].annotation is bool:
+                continue
             if any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
                 raise ConfigError(f"{name}={shorten(value).lower()}: not a yes/no field")
         return {name: None if value == "none" else value for name, value in values.items()}
@@ -140,6 +147,8 @@ class Config(BaseModel):
 def to_text(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     if isinstance(value, float) and value == int(value):

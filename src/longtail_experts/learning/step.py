@@ -1,5 +1,7 @@
 """One optimiser step, one epoch of them, and the forward pass that turns images into logits."""
 
+import copy
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -8,6 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from longtail_experts.learning.losses import shifted_cross_entropy
+
+
+# Compiling takes 10-60 s and saves about 0.6 ms an image (benchmarks/README.md): it has repaid
+# itself, twice over, after this many images.
+COMPILE_REPAID_AFTER = 200_000
 
 
 class NonFiniteLossError(RuntimeError):
@@ -21,13 +28,34 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.SGD
     memory_format: torch.memory_format = torch.channels_last
+    compiled_batch: int | None = None  # batches of this size go through compiled code
     step: int = 0
+
+    @property
+    def path(self) -> str:
+        """Which code takes the steps: "compiled", or "plain" for PyTorch's own operators."""
+        return "plain" if self.compiled_batch is None else "compiled"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of normalised images [B, 3, H, W]."""
+        images = images.contiguous(memory_format=self.memory_format)
+        if len(images) == self.compiled_batch:
+            return _compiled_call(self.model, images)
+        return self.model(images)  # the short last batch: a second compile would not repay
 
 
 def has_bf16_instructions() -> bool:
     """Whether this processor multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def _call(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images)
+
+
+# One function for all models: a second expert, of the same shape, reuses the first one's code.
+_compiled_call = torch.compile(_call, dynamic=False)
 
 
 def start_training(
@@ -38,15 +66,41 @@ def start_training(
     weight_decay: float,
     device: str,
     precision: str,
+    batch_size: int = 0,
+    planned_images: int = 0,
+    fast: bool = True,
 ) -> TrainState:
-    # On a CPU, bf16 in channels-last order is the slowest of the four combinations.
-    plain_order = device == "cpu" and precision == "bf16"
+    """The state before the first step, on `device`.
+
+    With `fast`, a training of `planned_images` (epochs x images) that is long enough to repay
+    it compiles the step for batches of `batch_size`. That depends on these arguments alone,
+    never on a timing, so that two runs of one seed take the same steps.
+    """
+    worthwhile = fast and device == "cpu" and planned_images >= COMPILE_REPAID_AFTER
+    compiled = worthwhile and _compiles(model, batch_size, precision)
+    # On a CPU, bf16 in channels-last order is the slowest of the four combinations, unless
+    # it is compiled.
+    plain_order = device == "cpu" and precision == "bf16" and not compiled
     memory_format = torch.contiguous_format if plain_order else torch.channels_last
     model = model.to(device, memory_format=memory_format)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
-    return TrainState(model, optimizer, memory_format)
+    return TrainState(model, optimizer, memory_format, batch_size if compiled else None)
+
+
+def _compiles(model: nn.Module, batch_size: int, precision: str) -> bool:
+    """Compile the forward and backward pass on a copy; False, with a warning, where that fails."""
+    trial = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
+    images = torch.zeros(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    try:
+        with exact_float32(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            _compiled_call(trial, images).float().sum().backward()
+    except Exception as error:  # a missing C++ compiler, a full disk, a bug: all leave plain steps
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"training steps are not compiled, and slower: {reason}", stacklevel=3)
+        return False
+    return True
 
 
 def train_step(
@@ -61,7 +115,7 @@ def train_step(
         group["lr"] = lr
     with exact_float32():
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = state.model(images.contiguous(memory_format=state.memory_format))
+            logits = state.forward(images)
         loss = shifted_cross_entropy(logits, targets, shift)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()

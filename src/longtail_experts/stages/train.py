@@ -62,7 +62,11 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
         weight_decay=config.weight_decay,
         device=config.device,
         precision=config.precision,
+        batch_size=config.batch_size,
+        planned_images=config.epochs * num_images,
+        fast=config.fast,
     )
+    run_.set_tags({"step_path": state.path})
     padded = pad(data.pixels("train")).to(config.device)
     targets = data.targets("train").to(config.device)
     shift = train_shift(config, data).to(config.device)
@@ -221,7 +225,7 @@ def announce_cost(
         float(loss)  # waits for the device
         seconds.append((time.perf_counter() - started) / len(labels))
     minutes = statistics.median(seconds[1:]) * num_images * config.epochs / 60
-    where = f"{config.device}, {config.precision}"
+    where = f"{config.device}, {config.precision}, {state.path} steps"
     if config.device == "cpu":
         where += f", {torch.get_num_threads()} threads"
     print(
