@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items):
     missing = {
         "real": None if os.environ.get("LONGTAIL_DATA_DIR") else "LONGTAIL_DATA_DIR is not set",
         "gpu": None if _has_gpu() else "no CUDA device",
+        "slow": None if os.environ.get("LONGTAIL_SLOW") == "1" else "LONGTAIL_SLOW is not 1",
         "browser": None if shutil.which("chromium") else "no chromium on PATH",
     }
     for item in items:

@@ -5,12 +5,22 @@ Exit codes: 0 done; 1 a run failed; 2 bad input, nothing done; 130 and 143 on Ct
 
 import argparse
 import logging
+import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from longtail_experts.config import Config, ConfigError, load_config, nearest, shorten
+from longtail_experts.config import (
+    Config,
+    ConfigError,
+    load_config,
+    make_config,
+    nearest,
+    shorten,
+)
+from longtail_experts.stages.interrupts import Terminated, raise_terminated
 
 ENTRY_POINTS = {
     "main": "train, calibrate and record one expert in one run (loss=all: three, as child runs)",
@@ -18,11 +28,16 @@ ENTRY_POINTS = {
     "train": "train one expert; calibrate does the rest, on any later day",
     "calibrate": "temperature, test figures, logits and model, into the training run run_id",
     "export": "write the files that AR-GSE reads, from one run of each loss",
+    "reap": "mark runs as FAILED whose process is gone, after delivering what they left behind",
 }
 OWN_PARAMETERS = {
     "calibrate": {"run_id": "the training run"},
     "export": {"run_ids": "finished runs: a,b,c", "out": "folder to write into"},
+    "reap": {
+        "run_id": "one run, of any host, whose process you know to be gone; none: all of this host"
+    },
 }
+RESUMABLE = ("main", "train")
 CALIBRATE_MAY_CHANGE = ("data_dir", "device", "batch_size")
 FULL_RECIPE, DEMO_RECIPE = "cifar100_lt", "demo"
 
@@ -34,29 +49,21 @@ DEMO_BANNER = """\
 *******************************************************************************"""
 
 
-class Terminated(BaseException):
-    """SIGTERM; ends the active run as KILLED on its way out."""
-
-
 def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     for level in (logging.WARNING, logging.ERROR):
         logging.addLevelName(level, logging.getLevelName(level).lower())
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, raise_terminated)
     try:
         return _dispatch(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("interrupted", stop, file=sys.stderr)
         return 130
-    except Terminated:
-        print("terminated", file=sys.stderr)
+    except Terminated as stop:
+        print("terminated", stop, file=sys.stderr)
         return 143
     except ConfigError as error:
         return _complain(error, 2)
-
-
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise Terminated
 
 
 def _complain(error: Exception, code: int) -> int:
@@ -90,7 +97,13 @@ def parser() -> Parser:
             argument_default=argparse.SUPPRESS,
         )
         for own, about in OWN_PARAMETERS.get(name, {}).items():
-            entry.add_argument(f"--{own}", required=True, help=about)
+            entry.add_argument(f"--{own}", required=name != "reap", help=about)
+        if name in RESUMABLE:
+            entry.add_argument(
+                "--resume",
+                metavar="RUN_ID",
+                help="go on with a run that was interrupted or failed, under its own config",
+            )
         if name not in OWN_PARAMETERS:
             entry.add_argument(
                 "--config",
@@ -108,7 +121,7 @@ def _config_fields(entry_point: str) -> tuple[str, ...]:
     """The fields of the config that an entry point takes."""
     if entry_point == "calibrate":
         return CALIBRATE_MAY_CHANGE
-    return () if entry_point == "export" else tuple(Config.model_fields)
+    return () if entry_point in OWN_PARAMETERS else tuple(Config.model_fields)
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -132,7 +145,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     known, unknown = parser().parse_known_args([entry_point, *_joined(rest)])
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
-        own = OWN_PARAMETERS.get(entry_point, {"config": ""})
+        own = OWN_PARAMETERS.get(entry_point, {"config": "", "resume": ""})
         raise ConfigError(
             f"unknown field {shorten(name)!r}{nearest(name, [*own, *_config_fields(entry_point)])}"
         )
@@ -173,9 +186,14 @@ def warn_about(config: Config) -> None:
 def _dispatch(arguments: list[str]) -> int:
     given = _parse(arguments)
     entry_point = given.pop("entry_point")
-    if entry_point in ("calibrate", "export"):
-        return _on_finished_runs(entry_point, given)
-    config, banner = choose_config(given.pop("config"), given)
+    if entry_point in OWN_PARAMETERS:
+        return _on_recorded_runs(entry_point, given)
+    if "resume" in given:
+        return _resume(given.pop("resume"), given.pop("config"), given)
+    name = given.pop("config")
+    config, banner = choose_config(name, given)
+    if entry_point in RESUMABLE and (run_id := _begun_run()):
+        return _resume(run_id, name, given)
     if banner:
         print(banner, flush=True)
     code = _on_config(entry_point, config)
@@ -197,23 +215,63 @@ def _on_config(entry_point: str, config: Config) -> int:
     except DataError as error:
         return _complain(error, 2)
     # The store is opened only now, when config and images are known to be good.
-    from longtail_experts.learning.step import NonFiniteLossError
     from longtail_experts.stages import data as data_stage
     from longtail_experts.stages import main as main_stage
     from longtail_experts.stages import train as train_stage
-    from longtail_experts.tracking.runs import RunError, StoreError
 
     stage = {"main": main_stage.run, "data": data_stage.run, "train": train_stage.run}[entry_point]
+    return _finish(lambda: stage(config, data))
+
+
+def _finish(work: Callable[[], str]) -> int:
+    """Run a stage that returns its run id; the exit code."""
+    from longtail_experts.learning.step import NonFiniteLossError
+    from longtail_experts.stages.main import ExpertsFailedError
+    from longtail_experts.tracking.runs import RunError, StoreError
+
     try:
-        print(f"run {stage(config, data)} FINISHED")
+        print(f"run {work()} FINISHED")
     except StoreError as error:
         return _complain(error, 2)
-    except (NonFiniteLossError, RunError, main_stage.ExpertsFailedError) as error:
+    except (NonFiniteLossError, RunError, ExpertsFailedError) as error:
         return _complain(error, 1)
     return 0
 
 
-def _on_finished_runs(entry_point: str, given: dict[str, str]) -> int:
+def _begun_run() -> str | None:
+    """The run of `mlflow run --run-id`, where it is one that was begun before."""
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if run_id is None:
+        return None
+    from longtail_experts.tracking.stale import was_begun
+
+    return run_id if was_begun(run_id) else None
+
+
+def _resume(run_id: str, config_name: str, given: dict[str, str]) -> int:
+    """Go on with a run under its own config; fields given beside it must agree with that."""
+    asked = make_config(given) if config_name == "auto" else load_config(config_name, given)
+    compared = set(given) if config_name == "auto" else set(Config.model_fields)
+    if given.get("loss", "ce") == "ce":  # what `mlflow run` passes where nothing was said
+        compared.discard("loss")
+    from longtail_experts.data.sources import DataError
+    from longtail_experts.stages import main as main_stage
+    from longtail_experts.stages import resumed
+    from longtail_experts.stages import train as train_stage
+    from longtail_experts.tracking.runs import RunError
+
+    try:
+        begun = resumed.open_begun(run_id, asked, compared, given)
+    except (RunError, DataError) as error:
+        return _complain(error, 2)
+    if begun is None:
+        return 0
+    stage = train_stage if begun.stage == "train" else main_stage
+    with begun.launcher:
+        return _finish(lambda: stage.resume(begun.run, begun.config, begun.data))
+
+
+def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
     from longtail_experts.data.sources import DataError
     from longtail_experts.tracking.runs import RunError
 
@@ -222,6 +280,11 @@ def _on_finished_runs(entry_point: str, given: dict[str, str]) -> int:
             from longtail_experts.stages import export
 
             export.run(_ids(given["run_ids"]), Path(given["out"]))
+        elif entry_point == "reap":
+            from longtail_experts.stages import reap
+
+            run_id = given.get("run_id", "none")
+            reap.run(None if run_id == "none" else run_id)
         else:
             from longtail_experts.stages import calibrate
 

@@ -1,16 +1,16 @@
 """One optimiser step, one epoch of them, and the forward pass that turns images into logits."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from longtail_experts.learning.losses import shifted_cross_entropy
-
 
 # Compiling takes 10-60 s and saves about 0.6 ms an image (benchmarks/README.md): it has repaid
 # itself, twice over, after this many images.
@@ -23,13 +23,19 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass
 class TrainState:
-    """A network in training: weights, momentum, and the number of optimiser steps taken."""
+    """A network in training: weights, momentum, and the number of optimiser steps taken.
+
+    `losses` and `sizes` are those of the batches that the epoch under way has had so far, on
+    the device; between epochs they are empty.
+    """
 
     model: nn.Module
     optimizer: torch.optim.SGD
     memory_format: torch.memory_format = torch.channels_last
     compiled_batch: int | None = None  # batches of this size go through compiled code
     step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -40,7 +46,7 @@ class TrainState:
         """Logits [B, C] of normalised images [B, 3, H, W]."""
         images = images.contiguous(memory_format=self.memory_format)
         if len(images) == self.compiled_batch:
-            return _compiled_call(self.model, images)
+            return _compiled()(self.model, images)
         return self.model(images)  # the short last batch: a second compile would not repay
 
 
@@ -50,12 +56,11 @@ def has_bf16_instructions() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def _call(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images)
-
-
-# One function for all models: a second expert, of the same shape, reuses the first one's code.
-_compiled_call = torch.compile(_call, dynamic=False)
+@functools.cache
+def _compiled() -> Callable[[nn.Module, Tensor], Tensor]:
+    """(model, images) -> logits. One function for all models: a second expert, of the same
+    shape, reuses the first one's code."""
+    return torch.compile(lambda model, images: model(images), dynamic=False)
 
 
 def start_training(
@@ -95,7 +100,7 @@ def _compiles(model: nn.Module, batch_size: int, precision: str) -> bool:
     images = torch.zeros(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     try:
         with exact_float32(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            _compiled_call(trial, images).float().sum().backward()
+            _compiled()(trial, images).float().sum().backward()
     except Exception as error:  # a missing C++ compiler, a full disk, a bug: all leave plain steps
         reason = str(error).strip().split("\n")[0]
         warnings.warn(f"training steps are not compiled, and slower: {reason}", stacklevel=3)
@@ -133,22 +138,26 @@ def train_epoch(
     precision: str,
     on_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Train on every batch once; the mean loss over images, each before its own step.
+    """Train on the batches that are left of an epoch; its mean loss over images, each before
+    its own step.
 
-    Raises NonFiniteLossError at the step where the loss is not finite: at once on the CPU; on
-    a GPU at the end of the epoch, because reading every loss would stall it.
+    `on_step` may raise: the state is then that of a step just finished. Raises
+    NonFiniteLossError at the step where the loss is not finite: at once on the CPU; on a GPU at
+    the end of the epoch, because reading every loss would stall it.
     """
     state.model.train()
-    losses, sizes, first_step = [], [], state.step
+    first_step = state.step - len(state.losses)
     for images, targets in batches:
-        losses.append(train_step(state, images, targets, shift, lr_at(state.step), precision))
-        sizes.append(len(targets))
+        loss = train_step(state, images, targets, shift, lr_at(state.step), precision)
+        state.losses.append(loss)
+        state.sizes.append(len(targets))
         if images.device.type == "cpu":
-            _require_finite(losses[-1:], state.step - 1, lr_at)
+            _require_finite([loss], state.step - 1, lr_at)
         on_step()
-    _require_finite(losses, first_step, lr_at)
-    per_batch = torch.stack(losses).double().cpu()
-    weight = torch.tensor(sizes, dtype=torch.float64)
+    _require_finite(state.losses, first_step, lr_at)
+    per_batch = torch.stack(state.losses).double().cpu()
+    weight = torch.tensor(state.sizes, dtype=torch.float64)
+    state.losses, state.sizes = [], []
     return float((per_batch * weight).sum() / weight.sum())
 
 

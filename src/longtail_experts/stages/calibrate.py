@@ -55,13 +55,7 @@ def run(run_id: str, changes: dict[str, str]) -> None:
     experts.require_trained(source)
     config = resolve(experts.recorded_config(source).replace(**{"device": "auto"} | changes))
     data = load_dataset(config)
-    recorded = source.params.get("splits_sha256")
-    if data.splits.sha256 != recorded:
-        raise RunError(
-            f"run {run_id}: was trained on splits {str(recorded)[:12]}, but data_dir="
-            f"{config.data_dir} gives {data.splits.sha256[:12]}: give the data_dir of the same "
-            "images in the same order"
-        )
+    experts.require_same_splits(source, config, data)
     trained = load_trained(source, config, data)
     with experts.start_calibration_run(source):
         calibrate_expert(source, config, data, trained)

@@ -1,6 +1,7 @@
 """What every stage starts from: a config resolved for this machine, and its data set."""
 
 import os
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -10,6 +11,10 @@ from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import DataError, load_images
 from longtail_experts.data.splits import make_splits
 from longtail_experts.learning.step import has_bf16_instructions
+from longtail_experts.tracking.runs import RunError
+
+# What may differ between the parts of one training: where the images lie and what computes.
+MAY_CHANGE_ON_RESUME = ("data_dir", "device")
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -55,3 +60,22 @@ def for_one_expert(config: Config, loss: str) -> Config:
     seed = config.expert_seed
     seed = derive_seed(config.seed, loss) if seed is None else seed
     return config.replace(loss=loss, expert_seed=seed)
+
+
+def require_same_fields(
+    recorded: Mapping[str, str],
+    asked: Mapping[str, str],
+    what: str,
+    but: Iterable[str] = MAY_CHANGE_ON_RESUME,
+) -> None:
+    """RunError that names every field in which two configs differ."""
+    different = [
+        f"{name}={value} (was {recorded.get(name)})"
+        for name, value in asked.items()
+        if name not in but and recorded.get(name) != value
+    ]
+    if different:
+        raise RunError(
+            f"{what}: cannot go on with another config: {', '.join(different)}; leave these "
+            "fields out, or start a new run"
+        )

@@ -13,7 +13,9 @@ from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.inputs import for_one_expert
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
+from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.runs import Run, RunError
+from longtail_experts.tracking.stale import offer_to_resume
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +31,47 @@ def run(config: Config, data: Dataset) -> str:
     return run_one(config, data, config.loss)
 
 
-def run_one(config: Config, data: Dataset, loss: str, parent: Run | None = None) -> str:
+def resume(existing: Run, config: Config, data: Dataset) -> str:
+    """Go on with a run that `run` began; experts of loss=all that are finished are left alone."""
+    if config.loss == "all":
+        return run_all(config, data, existing)
+    return run_one(config, data, config.loss, existing=existing)
+
+
+def run_one(
+    config: Config,
+    data: Dataset,
+    loss: str,
+    parent: Run | None = None,
+    existing: Run | None = None,
+) -> str:
     config = for_one_expert(config, loss)
-    with experts.start_expert_run(config, "main", parent) as run_:
-        train_expert(run_, config, data)
+    with experts.start_expert_run(config, "main", parent, existing) as run_:
+        if parent is None:
+            offer_to_resume(run_)
+        if "training" not in run_.tags:
+            train_expert(run_, config, data)
         calibrate_expert(run_, config, data, load_trained(run_, config, data))
     return run_.run_id
 
 
-def run_all(config: Config, data: Dataset) -> str:
+def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
     """A parent run with one child an expert. A failed child does not stop the others; the
     parent then fails, naming it."""
-    with experts.start_parent_run(config) as parent:
+    with experts.start_parent_run(config, existing) as parent:
+        offer_to_resume(parent)
+        if existing is None:
+            experts.record_parent_inputs(parent, config)
+        begun = experts.children_of(parent)
         print(f"{len(LOSS_NAMES)} experts, one after another: multiply the time of one")
         children, failures = {}, {}
         for loss in LOSS_NAMES:
+            child = begun.get(loss)
             try:
-                children[loss] = run_one(config, data, loss, parent)
+                if child is not None and is_calibrated(child):
+                    children[loss] = child.run_id
+                else:
+                    children[loss] = run_one(config, data, loss, parent, child)
             except Exception as error:
                 foreseen = isinstance(error, NonFiniteLossError | RunError)
                 log.error("%s failed: %s", loss, error, exc_info=not foreseen)

@@ -5,17 +5,28 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from longtail_experts.config import Config
-from longtail_experts.data.batches import augmented_batches, draw_epoch, pad, plain_batches
+from longtail_experts.data.batches import (
+    EpochDraws,
+    augmented_batches,
+    draw_epoch,
+    pad,
+    plain_batches,
+)
 from longtail_experts.data.dataset import Dataset
+from longtail_experts.data.sources import first_line
+from longtail_experts.data.splits import SPLITS
 from longtail_experts.learning.losses import LOSSES, shifted_cross_entropy
 from longtail_experts.learning.metrics import accuracies
 from longtail_experts.learning.resnet import build_resnet32, num_parameters
@@ -28,45 +39,109 @@ from longtail_experts.learning.step import (
     train_epoch,
     train_step,
 )
-from longtail_experts.stages.inputs import for_one_expert
+from longtail_experts.stages.inputs import for_one_expert, require_same_fields
+from longtail_experts.stages.interrupts import delayed_signals, raise_for
 from longtail_experts.tracking import experts
-from longtail_experts.tracking.checkpoints import save_checkpoint, weights_of
-from longtail_experts.tracking.runs import Run
+from longtail_experts.tracking.checkpoints import restore_rng, rng_states, weights_of
+from longtail_experts.tracking.recorder import Recorder
+from longtail_experts.tracking.runs import Run, RunError, require_room
+from longtail_experts.tracking.stale import offer_to_resume
 
 
 def run(config: Config, data: Dataset) -> str:
     """Train one expert in a run of its own; returns the run id."""
     config = for_one_expert(config, config.loss)
-    with experts.start_expert_run(config, "train") as run_:
+    return _run(config, data, experts.start_expert_run(config, "train"))
+
+
+def resume(existing: Run, config: Config, data: Dataset) -> str:
+    """Go on with a run that `run` began."""
+    return _run(config, data, experts.start_expert_run(config, "train", existing=existing))
+
+
+def _run(config: Config, data: Dataset, started: AbstractContextManager[Run]) -> str:
+    with started as run_:
+        offer_to_resume(run_)
         train_expert(run_, config, data)
         experts.describe_trained(run_, config)
     return run_.run_id
 
 
 def train_expert(run_: Run, config: Config, data: Dataset) -> None:
-    """Everything up to the last optimiser step, into the run.
+    """Everything up to the last optimiser step, into the run; from its newest checkpoint where
+    it has one.
 
+    Ctrl-C and SIGTERM are acted on after the step under way, with a checkpoint of that step.
     Raises NonFiniteLossError at the step where the loss stops being a number.
     """
     num_images = data.size("train")
     steps_per_epoch = math.ceil(num_images / config.batch_size)
     lr_of = schedule_of(config, steps_per_epoch)
     model = build_resnet32(data.num_classes, config.shortcut, config.expert_seed)
+    with Recorder(run_) as recorder:
+        checkpoint = recorder.latest()
+        if checkpoint is None:
+            record_beginning(run_, recorder, config, data, model, lr_of)
+        state = start_training(
+            model,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            device=config.device,
+            precision=config.precision,
+            batch_size=config.batch_size,
+            planned_images=config.epochs * num_images,
+            fast=config.fast,
+        )
+        run_.set_tags({"step_path": state.path})
+        selection = Selection(config.early_stopping_patience, last_milestone(config))
+        first_epoch = 0
+        if checkpoint is None:
+            recorder.recall([])
+        else:
+            first_epoch = restore(run_, recorder, state, selection, checkpoint, config, data)
+            print(
+                f"resuming {config.loss} in epoch {first_epoch}, at step {state.step} of "
+                f"{config.epochs * steps_per_epoch}",
+                flush=True,
+            )
+        train_epochs(recorder, state, selection, first_epoch, config, data, lr_of)
+        best, is_complete = selection.best, state.step == config.epochs * steps_per_epoch
+        recorder.log_points((f"best/{name}", value, best["step"]) for name, value in best.items())
+        recorder.finish()
+        run_.set_tags({"training": "complete" if is_complete else "early_stopped"})
+        recorder.forget()
+
+
+def record_beginning(
+    run_: Run,
+    recorder: Recorder,
+    config: Config,
+    data: Dataset,
+    model: nn.Module,
+    lr_of: Callable[[int], float],
+) -> None:
+    """All that is known before the first step, after a look at the disk."""
+    num_rows = sum(data.size(split) for split in SPLITS)
+    needed = experts.output_bytes(num_parameters(model), num_rows, data.num_classes, config.epochs)
+    require_room(run_, recorder.folder, needed)
     experts.record_inputs(run_, config, data, num_parameters(model))
+    steps_per_epoch = math.ceil(data.size("train") / config.batch_size)
     experts.record_schedule(run_, config.epochs, steps_per_epoch, lr_of)
 
-    state = start_training(
-        model,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        device=config.device,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        planned_images=config.epochs * num_images,
-        fast=config.fast,
-    )
-    run_.set_tags({"step_path": state.path})
+
+def train_epochs(
+    recorder: Recorder,
+    state: TrainState,
+    selection: "Selection",
+    first_epoch: int,
+    config: Config,
+    data: Dataset,
+    lr_of: Callable[[int], float],
+) -> None:
+    """The epochs from `first_epoch` on, the first of which may be half done."""
+    num_images = data.size("train")
+    steps_per_epoch = math.ceil(num_images / config.batch_size)
     padded = pad(data.pixels("train")).to(config.device)
     targets = data.targets("train").to(config.device)
     shift = train_shift(config, data).to(config.device)
@@ -74,42 +149,56 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
     lr_steps = steps_worth_logging(
         warmup_steps=config.warmup_steps, steps_per_epoch=steps_per_epoch, epochs=config.epochs
     )
-    selection = Selection(config.early_stopping_patience, last_milestone(config))
     validation: dict[str, float] = {}
-    with progress_bar(config, steps_per_epoch) as bar:
-        for epoch in range(config.epochs):
+    with delayed_signals() as arrived, progress_bar(config, steps_per_epoch, state.step) as bar:
+
+        def save_last(epoch: int) -> None:
+            content = last_checkpoint(state, epoch, selection, config, data)
+            recorder.save_checkpoint("last", {**content, "points": recorder.points()})
+
+        def stop_if_asked(epoch: int) -> None:
+            if arrived:
+                save_last(epoch)
+                recorder.finish_quietly()
+                raise_for(arrived[0], f"at step {state.step}: {recorder.how_to_resume}")
+
+        def after_step(epoch: int) -> None:
+            bar.update()
+            stop_if_asked(epoch)
+
+        for epoch in range(first_epoch, config.epochs):
+            if selection.is_over:
+                break
             draws = draw_epoch(num_images, config.expert_seed, epoch, config.device)
-            first_step, started = state.step, time.perf_counter()
+            seen = len(state.losses) * config.batch_size
+            left = EpochDraws(*(values[seen:] for values in draws))
+            started = time.perf_counter()
             mean_loss = train_epoch(
                 state,
-                augmented_batches(padded, targets, draws, config.batch_size),
+                augmented_batches(padded, targets, left, config.batch_size),
                 shift=shift,
                 lr_at=lr_of,
                 precision=config.precision,
-                on_step=bar.update,
+                on_step=partial(after_step, epoch),
             )
             seconds = time.perf_counter() - started
             step, is_last = state.step - 1, epoch == config.epochs - 1
+            first_step = epoch * steps_per_epoch
             points = [("lr", lr_of(s), s) for s in lr_steps if first_step <= s < state.step]
-            points += [
-                ("epoch", epoch, step),
-                ("train/loss", mean_loss, step),
-                ("train/images_per_second", num_images / seconds, step),
-            ]
+            points += [("epoch", epoch, step), ("train/loss", mean_loss, step)]
+            if seen < num_images:
+                rate = (num_images - seen) / seconds
+                points += [("train/images_per_second", rate, step)]
             if is_last or (epoch + 1) % config.validation_every == 0:
                 validation = validate(state, config, data)
                 points += [(f"val/{name}", value, step) for name, value in validation.items()]
-                if selection.chooses(validation["balanced_accuracy"], epoch, step):
-                    save_checkpoint(run_, "best", weights_at(state, epoch))
-            run_.log_points(points)
+                if selection.chooses(validation["balanced_accuracy"], epoch, step, state.model):
+                    recorder.save_checkpoint("best", selection.best_checkpoint)
+            recorder.log_points(points)
             show(bar, lr_of(step), mean_loss, validation)
             if is_last or selection.is_over or (epoch + 1) % config.checkpoint_every == 0:
-                save_checkpoint(run_, "last", last_checkpoint(state, epoch, selection))
-            if selection.is_over:
-                break
-    best = selection.best
-    run_.log_metrics({f"best/{name}": value for name, value in best.items()}, best["step"])
-    run_.set_tags({"training": "complete" if is_last else "early_stopped"})
+                save_last(epoch)
+            stop_if_asked(epoch)
 
 
 @dataclass
@@ -120,26 +209,36 @@ class Selection:
     patience: int | None
     starts_at: int  # epoch from which validations without a better one are counted
     best: dict[str, Any] = field(default_factory=dict)
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     without_better: int = 0
 
-    def chooses(self, balanced_accuracy: float, epoch: int, step: int) -> bool:
-        """Whether this validation is the best so far."""
+    def chooses(
+        self, balanced_accuracy: float, epoch: int, step: int, model: nn.Module | None = None
+    ) -> bool:
+        """Whether this validation is the best so far; keeps a copy of the weights if so."""
         so_far = self.best.get("val_balanced_accuracy", -math.inf)
         if epoch >= self.starts_at:
             self.without_better = 0 if balanced_accuracy > so_far else self.without_better + 1
         if balanced_accuracy < so_far:
             return False
         self.best = {"epoch": epoch, "step": step, "val_balanced_accuracy": balanced_accuracy}
+        self.best_weights = weights_of(model) if model is not None else {}
         return True
+
+    @property
+    def best_checkpoint(self) -> dict[str, Any]:
+        best = self.best
+        return {"model": self.best_weights, "epoch": best["epoch"], "step": best["step"]}
 
     @property
     def is_over(self) -> bool:
         return self.patience is not None and self.without_better >= self.patience
 
 
-def progress_bar(config: Config, steps_per_epoch: int) -> tqdm:
+def progress_bar(config: Config, steps_per_epoch: int, done: int) -> tqdm:
     return tqdm(
         total=config.epochs * steps_per_epoch,
+        initial=done,
         desc=f"train {config.loss}",
         unit="step",
         mininterval=1 if sys.stderr.isatty() else 30,
@@ -182,19 +281,66 @@ def validate(state: TrainState, config: Config, data: Dataset) -> dict[str, floa
     return {"loss": float(loss), **values}
 
 
-def weights_at(state: TrainState, epoch: int) -> dict[str, Any]:
-    return {"model": weights_of(state.model), "epoch": epoch, "step": state.step - 1}
+def last_checkpoint(
+    state: TrainState, epoch: int, selection: Selection, config: Config, data: Dataset
+) -> dict[str, Any]:
+    """Everything that the rest of the training depends on: tensors and plain values.
 
-
-def last_checkpoint(state: TrainState, epoch: int, selection: Selection) -> dict[str, Any]:
-    """Everything that training depends on beyond the config: tensors and plain values."""
+    `epoch` is that of the last step taken; `losses` holds what it has had where it is not over.
+    """
     return {
-        **weights_at(state, epoch),
+        "model": weights_of(state.model),
+        "epoch": epoch,
+        "step": state.step - 1,
         "optimizer": state.optimizer.state_dict(),
-        "rng": {"torch": torch.get_rng_state()},
+        "losses": torch.stack(state.losses).cpu() if state.losses else torch.empty(0),
+        "sizes": state.sizes,
+        "rng": rng_states(),
         "best": selection.best,
+        "best_weights": selection.best_weights,
         "validations_without_better": selection.without_better,
+        "config": config.as_text(),
+        "splits_sha256": data.splits.sha256,
     }
+
+
+def restore(
+    run_: Run,
+    recorder: Recorder,
+    state: TrainState,
+    selection: Selection,
+    checkpoint: dict[str, Any],
+    config: Config,
+    data: Dataset,
+) -> int:
+    """Put everything back as `last_checkpoint` found it; the epoch to go on with.
+
+    Raises RunError where the checkpoint is of another config, other splits or another network.
+    """
+    try:
+        require_same_fields(checkpoint["config"], config.as_text(), f"run {run_.run_id}: last.pt")
+        if checkpoint["splits_sha256"] != data.splits.sha256:
+            raise RunError(f"run {run_.run_id}: last.pt was trained on other splits")
+        state.model.load_state_dict(checkpoint["model"])
+        state.optimizer.load_state_dict(checkpoint["optimizer"])
+        state.step = checkpoint["step"] + 1
+        state.losses = list(checkpoint["losses"].to(config.device))
+        state.sizes = list(checkpoint["sizes"])
+        selection.best = dict(checkpoint["best"])
+        selection.best_weights = dict(checkpoint["best_weights"])
+        selection.without_better = checkpoint["validations_without_better"]
+        restore_rng(checkpoint["rng"])
+        points = [tuple(point) for point in checkpoint["points"]]
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(
+            f"run {run_.run_id}: last.pt cannot be resumed from ({first_line(error)})"
+        ) from None
+    recorder.recall(points)
+    if selection.best:
+        recorder.save_checkpoint("best", selection.best_checkpoint)
+    return checkpoint["epoch"] + (not state.losses)
 
 
 def show(bar: tqdm, lr: float, loss: float, validation: dict[str, float]) -> None:

@@ -1,13 +1,23 @@
-"""Checkpoints of a run: tensors and plain values, float32, read with weights_only=True."""
+"""Checkpoints: tensors and plain values, float32, read with weights_only=True."""
 
 import pickle
+import random
+import zipfile
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.runs import Run, RunError
+
+MAX_BYTES = 2**30  # of a checkpoint; a ResNet-32 with its momentum has 6 MB
+
+
+class CheckpointError(ValueError):
+    """A file is not a checkpoint of ours, or not a whole one."""
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -32,19 +42,69 @@ def read_checkpoint(run: Run, name: str) -> dict[str, Any]:
     """The checkpoint `name` of a run, on the CPU; RunError where it is missing or damaged."""
     with run.read_artifact(f"checkpoints/{name}.pt") as path:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(content["model"], dict):
-                raise TypeError("model is not a dict")
-            int(content["epoch"]), int(content["step"])
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:
+            return read_file(path)
+        except CheckpointError as error:
             raise RunError(
-                f"run {run.run_id}: checkpoints/{name}.pt is damaged ({first_line(error)})"
+                f"run {run.run_id}: checkpoints/{name}.pt is damaged ({error})"
             ) from None
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A whole checkpoint, on the CPU; CheckpointError where a byte of it is wrong.
+
+    Sizes and checksums of the zip that torch writes are checked before anything is unpacked.
+    """
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if max(size, unpacked) > MAX_BYTES or unpacked > size:
+                raise CheckpointError(f"{unpacked:,} bytes in a file of {size:,}")
+            if damaged := archive.testzip():
+                raise CheckpointError(f"checksum of {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content["model"], dict):
+            raise CheckpointError("model is not a dict")
+        for name in ("epoch", "step"):
+            if type(content[name]) is not int:
+                raise CheckpointError(f"{name} is not an integer")
+    except CheckpointError:
+        raise
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        NotImplementedError,  # a zip flag that Python does not know
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise CheckpointError(first_line(error)[:200]) from None
     return content
+
+
+def rng_states() -> dict[str, Any]:
+    """Every generator of this process, as tensors and plain values."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_rng(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if "python" in states:
+        random.setstate(states["python"])
+    if "numpy" in states:
+        kind, keys, *rest = states["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])

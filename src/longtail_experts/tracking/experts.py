@@ -25,6 +25,7 @@ from longtail_experts.learning.metrics import (
 from longtail_experts.tracking import figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.logits import read_logits
+from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import (
     Run,
     RunError,
@@ -52,10 +53,22 @@ def run_name(config: Config, what: str) -> str:
 
 
 def start_expert_run(
-    config: Config, stage: str, parent: Run | None = None
+    config: Config, stage: str, parent: Run | None = None, existing: Run | None = None
 ) -> AbstractContextManager[Run]:
+    """A new run of an expert, or `existing` once more, which keeps the tags of its start."""
     tags = {"stage": stage, "expert": config.loss, **machine_tags(config)}
-    return start_run(run_name(config, config.loss), tags, parent)
+    if existing is not None:
+        tags = tags_of_resumed(existing, config)
+    name = run_name(config, config.loss)
+    return start_run(name, {**tags, **process_tags()}, parent, existing)
+
+
+def tags_of_resumed(run: Run, config: Config) -> dict[str, str]:
+    """How often a run was resumed, and with which code and device where they are others."""
+    before, now = run.tags, machine_tags(config)
+    tags = {"resumed": str(int(before.get("resumed", "0")) + 1)}
+    changed = {name: value for name, value in now.items() if before.get(name) != value}
+    return tags | {f"resumed.{name}": value for name, value in changed.items()}
 
 
 def machine_tags(config: Config) -> dict[str, str]:
@@ -115,12 +128,37 @@ def start_data_run(config: Config) -> AbstractContextManager[Run]:
     return start_run(run_name(config, "data"), tags)
 
 
-def start_parent_run(config: Config) -> AbstractContextManager[Run]:
-    return start_run(run_name(config, "all experts"), {"stage": "all", **machine_tags(config)})
+def start_parent_run(config: Config, existing: Run | None = None) -> AbstractContextManager[Run]:
+    tags = {"stage": "all", **machine_tags(config)}
+    if existing is not None:
+        tags = tags_of_resumed(existing, config)
+    name = run_name(config, "all experts")
+    return start_run(name, {**tags, **process_tags()}, existing=existing)
+
+
+def record_parent_inputs(parent: Run, config: Config) -> None:
+    parent.write_text("config.yaml", config.to_yaml())
+
+
+def children_of(parent: Run) -> dict[str, Run]:
+    """The newest child run of each loss."""
+    found = parent.client.search_runs(
+        [parent.experiment_id],
+        f"tags.mlflow.parentRunId = '{parent.run_id}'",
+        order_by=["attributes.start_time ASC"],
+    )
+    return {run.data.tags["expert"]: Run(run.info.run_id) for run in found}
 
 
 def start_calibration_run(source: Run) -> AbstractContextManager[Run]:
     return start_run(f"calibrate {source.name}", pointer_to(source))
+
+
+def launched_resuming_run(source: Run) -> AbstractContextManager[Run | None]:
+    """The run that `mlflow run -P resume=...` made for itself: a pointer to the one resumed."""
+    note = f"Resumed run [{source.name}]({link_to(source)}); everything is there."
+    tags = {"stage": "resume", "source_run_id": source.run_id, "mlflow.note.content": note}
+    return launched_run(f"resume {source.name}", tags)
 
 
 def launched_calibration_run(source: Run) -> AbstractContextManager[Run | None]:
@@ -142,6 +180,24 @@ def recorded_config(run: Run) -> Config:
         return make_config(yaml.safe_load(run.read_text("config.yaml")))
     except (ConfigError, yaml.YAMLError, TypeError, ValueError) as error:
         raise RunError(f"run {run.run_id}: config.yaml: {error}") from None
+
+
+def require_same_splits(run: Run, config: Config, data: Dataset) -> None:
+    recorded = run.params.get("splits_sha256")
+    if data.splits.sha256 != recorded:
+        raise RunError(
+            f"run {run.run_id}: was trained on splits {str(recorded)[:12]}, but data_dir="
+            f"{config.data_dir} gives {data.splits.sha256[:12]}: give the data_dir of the same "
+            "images in the same order"
+        )
+
+
+def output_bytes(num_parameters: int, num_rows: int, num_classes: int, epochs: int) -> int:
+    """About what an expert's run writes: checkpoints here and in the store (last.pt holds
+    weights, momentum and the best weights), model, logits, figures, points."""
+    checkpoints = 4 * num_parameters * (3 + 3 + 1 + 3 + 1 + 1 + 2)
+    logits = num_rows * (4 * num_classes + 16)
+    return checkpoints + logits + 3_000_000 + 2_000 * epochs
 
 
 def require_trained(run: Run) -> None:

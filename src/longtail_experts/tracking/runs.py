@@ -4,10 +4,12 @@ Nothing here sets a tracking URI or an experiment: a run goes where MLflow was t
 MLflow's own default, and `mlflow run` has already created the one that we are to fill.
 """
 
+import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -15,18 +17,29 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# Waiting is ours to do (patience.py): a call that fails must come back within seconds, so that a
+# run told to stop can.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
+from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from longtail_experts.data.sources import first_line
+from longtail_experts.tracking.patience import PatientClient, patience, patiently
 
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 
+log = logging.getLogger(__name__)
+
+KILLED_PATIENCE = 3.0  # seconds that a run told to stop waits for its store
 BATCH = 1000  # what one log_batch call may hold
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # as MLflow names a run by itself
 
@@ -44,7 +57,8 @@ class Run:
 
     def __init__(self, run_id: str):
         self.run_id = run_id
-        self.client = mlflow.MlflowClient()
+        self.plain_client = mlflow.MlflowClient()  # raises at once where the store is away
+        self.client = PatientClient(self.plain_client)
 
     # --- writing ---
 
@@ -63,9 +77,17 @@ class Run:
     def log_points(self, points: Iterable[tuple[str, float, int]]) -> None:
         """(name, value, optimiser step) triples, in one request a thousand."""
         now = int(time.time() * 1000)
-        metrics = [Metric(name, float(value), now, step) for name, value, step in points]
-        for start in range(0, len(metrics), BATCH):
-            self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
+        self.log_metric_points([Metric(name, float(v), now, step) for name, v, step in points])
+
+    def log_metric_points(self, points: list[Metric], wait: bool = True) -> None:
+        """In requests of a thousand; `wait` for a store that is away, or raise at once."""
+        client = self.client if wait else self.plain_client
+        for start in range(0, len(points), BATCH):
+            client.log_batch(self.run_id, metrics=points[start : start + BATCH])
+
+    def upload(self, local: Path, folder: str | None, wait: bool = True) -> None:
+        client = self.client if wait else self.plain_client
+        client.log_artifact(self.run_id, str(local), folder)
 
     def describe(self, markdown: str) -> None:
         self.client.set_tag(self.run_id, "mlflow.note.content", markdown)
@@ -80,7 +102,7 @@ class Run:
         with tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / name
             yield local
-            self.client.log_artifact(self.run_id, str(local), folder or None)
+            self.upload(local, folder or None)
 
     def write_text(self, path: str, text: str) -> None:
         with self.artifact(path) as local:
@@ -176,9 +198,9 @@ def _store_at_fault(what: str) -> Iterator[None]:
 def open_run(run_id: str) -> Run:
     """A run that exists; raises RunError where the store has none of that id."""
     uri = mlflow.get_tracking_uri()
-    with _store_at_fault(f"the store {uri} cannot be read"):
+    with _store_at_fault(f"the store {uri} cannot be read"), _first_contact(uri):
         run = Run(run_id)
-        run.client.search_experiments(max_results=1)
+        run.plain_client.search_experiments(max_results=1)
     try:
         stage = run.client.get_run(run_id).info.lifecycle_stage
     except MlflowException:
@@ -189,18 +211,27 @@ def open_run(run_id: str) -> Run:
 
 
 @contextmanager
-def start_run(name: str, tags: Mapping[str, str], parent: Run | None = None) -> Iterator[Run]:
-    """The run of this process, or a child of `parent`; ends FINISHED, FAILED or KILLED.
+def start_run(
+    name: str, tags: Mapping[str, str], parent: Run | None = None, existing: Run | None = None
+) -> Iterator[Run]:
+    """The run of this process, a child of `parent`, or `existing` once more; ends FINISHED,
+    FAILED or KILLED.
 
     Under `mlflow run` the launcher has created it already; else a new one is created. A name
     that the user gave to the launcher is kept. Raises StoreError before any work is done.
     """
-    with _store_at_fault(f"no run can be started in {mlflow.get_tracking_uri()}"):
-        active = mlflow.start_run(nested=parent is not None, parent_run_id=parent and parent.run_id)
+    uri = mlflow.get_tracking_uri()
+    nested = parent is not None or mlflow.active_run() is not None
+    with _store_at_fault(f"no run can be started in {uri}"), _first_contact(uri):
+        active = mlflow.start_run(
+            run_id=existing and existing.run_id,
+            nested=nested,
+            parent_run_id=parent and parent.run_id,
+        )
     run, status = Run(active.info.run_id), "FAILED"
     try:
         run.set_tags(tags)
-        if GENERATED_NAME.fullmatch(run.name) or name.startswith("DEMO"):
+        if existing is None and (GENERATED_NAME.fullmatch(run.name) or name.startswith("DEMO")):
             run.rename(name)
         _require_usable_artifact_root(run)
         yield run
@@ -210,7 +241,33 @@ def start_run(name: str, tags: Mapping[str, str], parent: Run | None = None) -> 
             status = "KILLED"
         raise
     finally:
+        _end(run, status)
+
+
+def _end(run: Run, status: str) -> None:
+    seconds = KILLED_PATIENCE if status == "KILLED" else patience()
+    try:
+        patiently(lambda: run.plain_client.set_terminated(run.run_id, status), seconds)
         mlflow.end_run(status)
+    except Exception as error:  # the exception under way, or the work done, matters more
+        log.warning(
+            "run %s: its status could not be set to %s (%s); `mlflow run . -e reap` does that "
+            "when the store is back",
+            run.run_id,
+            status,
+            first_line(error),
+        )
+
+
+@contextmanager
+def _first_contact(uri: str) -> Iterator[None]:
+    """One process of this host at a time: MLflow creates its tables, and an experiment, without
+    a lock, and all but one of the processes that do so at once fail."""
+    path = uri.removeprefix("sqlite:///")
+    place = uri if path == uri else os.path.abspath(path)
+    name = hashlib.sha256(place.encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"longtail-experts-{os.getuid()}-{name}.lock"):
+        yield
 
 
 def launched_run(name: str, tags: Mapping[str, str]) -> AbstractContextManager[Run | None]:
@@ -223,9 +280,20 @@ def link_to(run: Run) -> str:
     return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
+def local_artifact_root(run: Run) -> Path | None:
+    """The folder of a run's artifacts, where that is on this machine."""
+    root = run.client.get_run(run.run_id).info.artifact_uri
+    if root.startswith("file:"):
+        return Path(url2pathname(urlparse(root).path))
+    return None if "://" in root or root.startswith("mlflow-artifacts:") else Path(root)
+
+
 def _require_usable_artifact_root(run: Run) -> None:
-    """`mlflow ui` opened on an empty folder creates the Default experiment with a root that only
-    its own server can serve; a local run would fail at its first artifact, hours later."""
+    """Said now, not at the first checkpoint hours later.
+
+    `mlflow ui` opened on an empty folder creates the Default experiment with a root that only
+    its own server can serve; roots are absolute, so that a moved folder loses its artifacts.
+    """
     root = run.client.get_run(run.run_id).info.artifact_uri
     uri = mlflow.get_tracking_uri()
     if root.startswith("mlflow-artifacts:") and not uri.startswith(("http:", "https:")):
@@ -234,6 +302,43 @@ def _require_usable_artifact_root(run: Run) -> None:
             "server: use another one (mlflow run . --experiment-name longtail ...; without "
             "mlflow run: MLFLOW_EXPERIMENT_NAME=longtail)"
         )
+    folder = local_artifact_root(run)
+    if folder is None:
+        return
+    experiment = folder.parent.parent
+    if not experiment.exists() and Path.cwd() not in experiment.parents and _has_siblings(run):
+        raise StoreError(
+            f"the experiment keeps its artifacts in {experiment}, which is gone: move the folder "
+            "back, or use another experiment (mlflow run . --experiment-name longtail-2 ...)"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"artifacts would go to {folder}, which cannot be written "
+            f"({error.strerror or error}): give the experiment another place"
+        ) from None
+
+
+def _has_siblings(run: Run) -> bool:
+    return len(run.client.search_runs([run.experiment_id], max_results=2)) > 1
+
+
+def require_room(run: Run, folder: Path, needed: int) -> None:
+    """StoreError where `folder`, or the run's artifacts, lie on a disk with less than `needed`
+    bytes free."""
+    for place in (folder, local_artifact_root(run)):
+        if place is None:
+            continue
+        existing = next(p for p in (place, *place.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if free < needed:
+            raise StoreError(
+                f"{place}: {free / 1e6:.0f} MB free, and the run writes about "
+                f"{needed / 1e6:.0f} MB: make room first"
+            )
 
 
 def git_tags() -> dict[str, str]:

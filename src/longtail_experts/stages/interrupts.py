@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM during training: noted at once, acted on between two steps."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+
+class Terminated(BaseException):
+    """SIGTERM; ends the active run as KILLED on its way out."""
+
+
+def raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """The handler of SIGTERM wherever nothing has to be finished first."""
+    raise Terminated
+
+
+def raise_for(number: int, message: str = "") -> NoReturn:
+    raise (KeyboardInterrupt if number == signal.SIGINT else Terminated)(message)
+
+
+@contextmanager
+def delayed_signals() -> Iterator[list[int]]:
+    """Within the block, signals are only noted in the list; a second Ctrl-C does not wait.
+
+    `mlflow run` passes Ctrl-C on as SIGINT and SIGTERM both, so that a second signal of another
+    kind says nothing new. What arrived and was not acted on is raised at the end of the block.
+    """
+    arrived: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in arrived:
+            raise KeyboardInterrupt
+        arrived.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if arrived:
+        raise_for(arrived[0])

@@ -1,0 +1,68 @@
+"""What going on with a run starts from: the run itself, its config and its data, checked."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from longtail_experts.config import Config
+from longtail_experts.data.dataset import Dataset
+from longtail_experts.stages.inputs import (
+    MAY_CHANGE_ON_RESUME,
+    load_dataset,
+    require_same_fields,
+    resolve,
+)
+from longtail_experts.tracking import experts
+from longtail_experts.tracking.runs import Run, RunError, open_run
+from longtail_experts.tracking.stale import require_resumable
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run to go on with."""
+
+    run: Run
+    stage: str
+    config: Config
+    data: Dataset
+    launcher: AbstractContextManager[Run | None]  # the pointer that `mlflow run` made, if it did
+
+
+def open_begun(
+    run_id: str, asked: Config, compared: set[str], given: dict[str, str]
+) -> Begun | None:
+    """The run with everything it needs; None, after saying so, where it is finished already.
+
+    Raises RunError where it is no training, is being filled by another process, or was begun
+    with other values of the fields in `compared`; DataError where its images are not there.
+    """
+    source = open_run(run_id)
+    if (
+        os.environ.get("MLFLOW_RUN_ID") == run_id
+    ):  # mlflow run --run-id: no pointer beside the run itself
+        del os.environ["MLFLOW_RUN_ID"]
+        launcher: AbstractContextManager[Run | None] = nullcontext()
+    else:
+        launcher = experts.launched_resuming_run(source)
+    if source.status == "FINISHED":
+        with launcher:
+            print(f"run {run_id} is finished already; nothing was changed")
+        return None
+    require_resumable(source)
+    if not source.has_artifact("config.yaml"):
+        raise RunError(f"run {run_id}: was cut off before it began to train; start a new one")
+    recorded = experts.recorded_config(source)
+    asked_text = {name: value for name, value in asked.as_text().items() if name in compared}
+    undecided = {name for name in ("expert_seed", "precision") if name not in given}
+    require_same_fields(
+        recorded.as_text(),
+        asked_text,
+        f"resume={run_id}",
+        {*MAY_CHANGE_ON_RESUME, *undecided},
+    )
+    changes = {name: given[name] for name in MAY_CHANGE_ON_RESUME if name in given}
+    config = resolve(recorded.replace(**{"device": "auto"} | changes))
+    data = load_dataset(config)
+    if "splits_sha256" in source.params:
+        experts.require_same_splits(source, config, data)
+    return Begun(source, source.tags["stage"], config, data, launcher)

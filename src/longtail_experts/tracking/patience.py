@@ -1,0 +1,82 @@
+"""Waiting for a tracking store that is locked, restarting or away for a while."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import requests
+from mlflow.exceptions import MlflowException
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds between two tries, doubled after each
+# What a store says that will answer later. MLflow has no error code for most of them.
+TRANSIENT = (
+    "database is locked",
+    "failed with exception",  # MLflow's client: refused, reset, timed out
+    "could not connect",
+    "connection refused",
+    "connection reset",
+    "server closed the connection",
+    "terminating connection",
+    "the database system is",  # PostgreSQL: starting up, shutting down
+    "timed out",
+    "too many 5",
+    "error code 502",
+    "error code 503",
+    "error code 504",
+)
+
+
+def patience() -> float:
+    """Seconds for which a run that has begun waits for its store (LONGTAIL_STORE_PATIENCE)."""
+    text = os.environ.get("LONGTAIL_STORE_PATIENCE", "600")
+    try:
+        return float(text)
+    except ValueError:
+        log.warning("LONGTAIL_STORE_PATIENCE=%s is not a number of seconds; 600 is used", text)
+        return 600.0
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may well succeed later."""
+    if isinstance(error, requests.HTTPError):
+        return error.response is not None and error.response.status_code in (502, 503, 504)
+    if isinstance(error, requests.RequestException | ConnectionError | TimeoutError):
+        return True
+    if not isinstance(error, MlflowException):
+        return False
+    says = str(error).lower()
+    return error.error_code == "TEMPORARILY_UNAVAILABLE" or any(text in says for text in TRANSIENT)
+
+
+def patiently(call: Callable[[], T], seconds: float) -> T:
+    """The result of `call`, tried again with growing pauses for `seconds` while the error is one
+    that passes; the last error otherwise."""
+    deadline, pause, said = time.monotonic() + seconds, FIRST_PAUSE, False
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error) or time.monotonic() + pause > deadline:
+                raise
+            if not said:
+                first = (str(error).splitlines() or [""])[0][:200]
+                log.warning("the tracking store does not answer (%s); trying again", first)
+                said = True
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class PatientClient:
+    """An MlflowClient whose calls wait for a store that is locked or away for a while."""
+
+    def __init__(self, client: Any):
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        return lambda *args, **kwargs: patiently(lambda: method(*args, **kwargs), patience())

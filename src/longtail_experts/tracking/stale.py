@@ -1,0 +1,106 @@
+"""Runs that the store shows as RUNNING although their process is gone."""
+
+import logging
+from contextlib import AbstractContextManager
+
+import mlflow
+
+from longtail_experts.data.sources import first_line
+from longtail_experts.tracking.processes import is_alive, is_on_this_host
+from longtail_experts.tracking.recorder import deliver_left_over
+from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
+
+log = logging.getLogger(__name__)
+
+RESUMABLE_STAGES = ("main", "train", "all")
+
+
+def stale_runs(experiment_ids: list[str] | None = None) -> list[Run]:
+    """Runs of this host, of ours, that are RUNNING without a process; oldest first, of all
+    experiments unless some are named."""
+    client = mlflow.MlflowClient()
+    if experiment_ids is None:
+        experiment_ids = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(
+        experiment_ids,
+        "attributes.status = 'RUNNING' and tags.host != ''",
+        order_by=["attributes.start_time ASC"],
+        max_results=1000,
+    )
+    return [
+        Run(run.info.run_id)
+        for run in found
+        if is_on_this_host(run.data.tags) and not is_alive(run.data.tags)
+    ]
+
+
+def offer_to_resume(run: Run) -> None:
+    """One warning for each run beside `run` that was cut off on this host."""
+    for stale in stale_runs([run.experiment_id]):
+        tags = stale.tags
+        if stale.run_id == run.run_id or tags.get("stage") not in RESUMABLE_STAGES:
+            continue
+        epoch = stale.metrics.get("epoch")
+        reached = "before its first epoch ended" if epoch is None else f"after epoch {epoch:.0f}"
+        log.warning(
+            "run %s (%s) was cut off on this host %s: -P resume=%s goes on with it, "
+            "`mlflow run . -e reap` marks it as FAILED",
+            stale.run_id,
+            stale.name,
+            reached,
+            stale.run_id,
+        )
+
+
+def named_run(run_id: str) -> Run:
+    """A run that the user knows to be without a process; RunError where it is seen to have one."""
+    run = open_run(run_id)
+    if run.status != "RUNNING":
+        raise RunError(f"run {run_id}: is {run.status}, not RUNNING; there is nothing to reap")
+    require_no_process(run)
+    return run
+
+
+def was_begun(run_id: str) -> bool:
+    """Whether a run is a training that an earlier process began."""
+    return open_run(run_id).tags.get("stage") in RESUMABLE_STAGES
+
+
+def require_no_process(run: Run) -> None:
+    tags = run.tags
+    if is_on_this_host(tags) and is_alive(tags):
+        raise RunError(f"run {run.run_id}: process {tags['pid']} of this host is filling it")
+
+
+def require_resumable(run: Run) -> None:
+    """RunError for a run that is no training, or that another process may be filling."""
+    stage = run.tags.get("stage")
+    if stage not in RESUMABLE_STAGES:
+        raise RunError(f"run {run.run_id}: is no training (its stage is {stage})")
+    if run.status == "RUNNING":
+        require_no_process(run)
+        if not is_on_this_host(run.tags):
+            raise RunError(
+                f"run {run.run_id}: is RUNNING on host {run.tags.get('host')} as far as the store "
+                f"knows; if its process is gone, first: mlflow run . -e reap -P "
+                f"run_id={run.run_id}"
+            )
+
+
+def launched_reaping_run() -> AbstractContextManager[Run | None]:
+    return launched_run("reap", {"stage": "reap"})
+
+
+def reap(run: Run) -> str:
+    """Deliver what the run's process left on this disk, mark it FAILED; says what was done."""
+    try:
+        delivered = deliver_left_over(run)
+    except Exception as error:  # the journal of one run must not keep the others RUNNING
+        return (
+            f"run {run.run_id}: left RUNNING, its points cannot be delivered: {first_line(error)}"
+        )
+    run.client.set_terminated(run.run_id, "FAILED")
+    hint = ""
+    if run.tags.get("stage") in RESUMABLE_STAGES:
+        hint = f"; -P resume={run.run_id} goes on with it"
+    return f"run {run.run_id} ({run.name}): FAILED, {delivered} points delivered{hint}"

@@ -1,0 +1,131 @@
+"""A training killed at random moments and resumed equals the one that was left alone."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from reliability.harness import (
+    Training,
+    assert_same_training,
+    history,
+    journal_lines,
+    training_runs,
+    wait_until,
+)
+
+KILLS = int(os.environ.get("LONGTAIL_KILLS", "5"))
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+@pytest.fixture
+def arguments(tiny_arguments) -> list[str]:
+    changed = {"epochs": 6, "milestones": 4, "checkpoint_every": 3, "batch_size": 8}
+    return [*tiny_arguments, *(f"--{name}={value}" for name, value in changed.items())]
+
+
+@pytest.fixture
+def undisturbed(store, arguments) -> tuple[str, int]:
+    """The run id of a training left alone, and how many points it recorded."""
+    training = Training(store, ["train", "--loss", "ce", *arguments])
+    assert training.wait() == 0, training.output
+    (run,) = training_runs()
+    run_id = run.info.run_id
+    return run_id, sum(map(len, history(run_id).values()))
+
+
+def kill_and_resume(store, arguments, number: int, draw: random.Random, num_points: int) -> str:
+    """The run id of a training that got `number` at a random moment, and was resumed."""
+    known = {run.info.run_id for run in training_runs()}
+    training = Training(store, ["train", "--loss", "ce", *arguments])
+
+    def new_runs() -> list:
+        return [run for run in training_runs() if run.info.run_id not in known]
+
+    wait_until(lambda: [run for run in new_runs() if "num_parameters" in run.data.params])
+    after, pause = draw.randrange(num_points), draw.uniform(0, 0.3)
+    wait_until(lambda: journal_lines(store) >= after or training.process.exitcode is not None)
+    time.sleep(pause)
+    training.kill(number)
+    killed_at = time.monotonic()
+    code = training.wait()
+    (run,) = new_runs()
+    run_id = run.info.run_id
+    if run.info.status == "FINISHED":  # it was faster than the signal
+        return run_id
+    assert code == EXIT_CODES[number], training.output
+    if number != signal.SIGKILL:
+        assert time.monotonic() - killed_at < 20
+        assert run.info.status == "KILLED"
+        assert "goes on from" in training.output or after == 0, training.output
+    resumed = Training(store, ["train", "--resume", run_id])
+    assert resumed.wait() == 0, resumed.output
+    return run_id
+
+
+def test_killed_and_resumed_equals_undisturbed(store, undisturbed, arguments, capsys):
+    reference, num_points = undisturbed
+    draw = random.Random(20261122)
+    for trial in range(KILLS):
+        number = SIGNALS[trial % len(SIGNALS)]
+        run_id = kill_and_resume(store, arguments, number, draw, num_points)
+        assert MlflowClient().get_run(run_id).info.status == "FINISHED"
+        assert_same_training(run_id, reference)
+    with capsys.disabled():
+        print(f"\n{KILLS} kills: weights bit-identical, no point missing or twice", end="")
+
+
+def test_a_run_killed_again_and_again_still_ends_the_same(store, undisturbed, arguments):
+    reference, num_points = undisturbed
+    known = {run.info.run_id for run in training_runs()}
+    training = Training(store, ["train", "--loss", "ce", *arguments])
+    wait_until(lambda: journal_lines(store))
+    (run_id,) = {run.info.run_id for run in training_runs()} - known
+    for part, number in enumerate((signal.SIGTERM, signal.SIGKILL, signal.SIGINT), start=1):
+        wait_until(lambda part=part: journal_lines(store) > num_points * part / 4)
+        training.kill(number)
+        assert training.wait() == EXIT_CODES[number], training.output
+        training = Training(store, ["train", "--resume", run_id])
+    assert training.wait() == 0, training.output
+    assert_same_training(run_id, reference)
+
+
+def test_a_run_cut_off_is_offered_and_reaped(store, arguments):
+    training = Training(store, ["train", "--loss", "ce", *arguments])
+    wait_until(lambda: journal_lines(store) > 12)
+    (run,) = training_runs()
+    run_id = run.info.run_id
+
+    busy = Training(store, ["train", "--resume", run_id])
+    assert busy.wait() == 2
+    assert "of this host is filling it" in busy.output
+    alive = Training(store, ["reap"])
+    assert alive.wait() == 0
+    assert "no run of this host" in alive.output
+    assert MlflowClient().get_run(run_id).info.status == "RUNNING"
+
+    training.kill(signal.SIGKILL)
+    training.wait()
+    assert MlflowClient().get_run(run_id).info.status == "RUNNING"
+    short = [*arguments, "--epochs=1"]
+    next_one = Training(store, ["train", "--loss", "ce", *short])
+    assert next_one.wait() == 0
+    assert f"run {run_id} (ce images seed 0) was cut off on this host" in next_one.output
+
+    reaping = Training(store, ["reap"])
+    assert reaping.wait() == 0
+    assert f"-P resume={run_id}" in reaping.output
+    assert MlflowClient().get_run(run_id).info.status == "FAILED"
+    before = history(run_id)
+    assert before["train/loss"]
+
+    resumed = Training(store, ["train", "--resume", run_id])
+    assert resumed.wait() == 0, resumed.output
+    assert len(history(run_id)["train/loss"]) == 6
+    again = Training(store, ["train", "--resume", run_id])
+    assert again.wait() == 0
+    assert "is finished already" in again.output
