@@ -48,6 +48,7 @@ FULL_RECIPE = {
     "checkpoint_every": 10,
     "device": "auto",
     "precision": "auto",
+    "fast": True,
 }
 
 
@@ -66,7 +67,7 @@ def configs(draw) -> Config:
     count = st.integers(1, 10**9)
     seed = st.integers(0, 2**31 - 1)
     loss = draw(st.sampled_from([*LOSS_NAMES, "all"]))
-    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+    text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
     return make_config(
         {
             "loss": loss,
@@ -95,6 +96,7 @@ def configs(draw) -> Config:
             "checkpoint_every": draw(count),
             "device": draw(st.sampled_from(["auto", "cpu", "cuda"])),
             "precision": draw(st.sampled_from(["auto", "fp32", "bf16"])),
+            "fast": draw(st.booleans()),
         }
     )
 

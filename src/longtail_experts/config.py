@@ -105,6 +105,15 @@ class Config(BaseModel):
                 raise ConfigError(f"{name}={shorten(value).lower()}: not a yes/no field")
         return {name: None if value == "none" else value for name, value in values.items()}
 
+    @field_validator("data_dir")
+    @classmethod
+    def _utf8(cls, value: str | None) -> str | None:
+        if value is not None and (
+            "\0" in value or value != value.encode(errors="replace").decode()
+        ):
+            raise ValueError("must be UTF-8 text without null characters")
+        return value
+
     @field_validator("milestones", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
@@ -222,13 +231,33 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+MAX_RECIPE = 100_000  # characters
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_RECIPE + 1)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"config={path}: cannot be read: {shorten(error, 200)}") from None
+    return parse_recipe(text, f"config={path}")
+
+
+def parse_recipe(text: str, what: str) -> dict[str, Any]:
+    """`field: value` lines of YAML; a value is a word, a number, or a list of those."""
+    if len(text) > MAX_RECIPE:
+        raise ConfigError(f"{what}: longer than {MAX_RECIPE:,} characters")
+    try:
+        values = yaml.safe_load(text)
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"config={path}: must hold `field: value` lines")
+        raise ConfigError(f"{what}: must hold `field: value` lines")
+    for name, value in values.items():
+        parts = value if isinstance(value, list) else [value]
+        # A few lines of nested anchors print as gigabytes: nothing nested gets further.
+        if len(parts) > 1000 or any(isinstance(part, list | dict | set | tuple) for part in parts):
+            raise ConfigError(f"{what}: {shorten(name)}: must be one value or a flat list")
     return values
 
 

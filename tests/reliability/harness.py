@@ -102,14 +102,14 @@ def history(run_id: str) -> dict[str, list[tuple[int, float | None]]]:
     }
 
 
-def last_weights(run_id: str) -> dict[str, torch.Tensor]:
+def last_checkpoint(run_id: str) -> dict:
     path = MlflowClient().download_artifacts(run_id, "checkpoints/last.pt")
-    return torch.load(path, weights_only=True)["model"]
+    return torch.load(path, weights_only=True)
 
 
 def assert_same_training(run_id: str, other: str) -> None:
     """Bit-identical weights and the same metric points, none missing and none twice."""
-    ours, theirs = last_weights(run_id), last_weights(other)
+    ours, theirs = last_checkpoint(run_id)["model"], last_checkpoint(other)["model"]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     ours, theirs = history(run_id), history(other)
     assert ours.keys() == theirs.keys()

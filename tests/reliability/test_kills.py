@@ -7,7 +7,6 @@ import time
 
 import pytest
 from mlflow import MlflowClient
-
 from reliability.harness import (
     Training,
     assert_same_training,
@@ -17,6 +16,7 @@ from reliability.harness import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("LONGTAIL_KILLS", "5"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -15,18 +15,24 @@ import os
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from longtail_experts.data.archives import read_npz
 
 log = logging.getLogger(__name__)
 
 SIZE = 32
 CIFAR100_CLASSES = 100
 CIFAR100_LARGEST = 500
+MAX_ROWS = 60_000  # CIFAR-100 has 50,000 + 10,000
+MAX_UNPACKED = 2**31  # bytes of a parquet file's columns; CIFAR-100 has 0.2 GB
+PARQUET_ROWS = 500  # decoded at a time
 MAX_PIXELS = 50_000_000  # of one image of a folder, before it is decoded
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -171,7 +177,7 @@ def _cifar100_official(folder: Path, download: bool) -> ImageData:
 def parquet_files(folder: Path) -> list[Path]:
     """train*.parquet and test*.parquet anywhere below the folder."""
     found = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
-    return [path for path in found if path.name.startswith(("train", "test"))]
+    return [p for p in found if p.name.startswith(("train", "test")) and p.is_file()]
 
 
 def _cifar100_parquet(folder: Path) -> ImageData:
@@ -208,27 +214,46 @@ def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str,
     images, labels, names = [], [], None
     for path in paths:
         try:
-            table = pyarrow.parquet.read_table(path, columns=["img", "fine_label"])
-            column, fine = table["img"], table["fine_label"].to_pylist()
-            encoded = [cell["bytes"] for cell in column.to_pylist()]
+            with pyarrow.parquet.ParquetFile(path) as file:
+                about = file.metadata
+                unpacked = sum(
+                    about.row_group(i).total_byte_size for i in range(about.num_row_groups)
+                )
+                if len(labels) + about.num_rows > MAX_ROWS or unpacked > MAX_UNPACKED:
+                    raise DataError(
+                        f"{path}: {about.num_rows:,} rows of {unpacked:,} bytes are more than "
+                        "CIFAR-100 can have"
+                    )
+                names = names or _names_in_schema(file.schema_arrow.metadata)
+                rows = _rows_of(file, path)
+                for data, label in _progress(rows, f"decoding {path.name}", about.num_rows):
+                    images.append(data)
+                    labels.append(label)
         except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(
                 f"{path}: not a parquet file of CIFAR-100 ({first_line(error)})"
             ) from None
-        for row, label in enumerate(fine):
-            if type(label) is not int or not 0 <= label < CIFAR100_CLASSES:
-                raise DataError(f"{path}: row {row}: fine_label={label} is not in 0..99")
-        labels += fine
-        names = names or _names_in_schema(table.schema.metadata)
-        for row, data in enumerate(_progress(encoded, f"decoding {path.name}")):
-            where = f"{path}: row {row}"
-            if not isinstance(data, bytes):
-                raise DataError(f"{where}: img.bytes holds no bytes")
-            images.append(_decode(BytesIO(data), where, exactly=SIZE))
     names = names or tuple(f"class {c}" for c in range(CIFAR100_CLASSES))
     if not images:
         raise DataError(f"{paths[0]}: holds no image")
     return np.stack(images), np.array(labels, dtype=np.int64), names
+
+
+def _rows_of(file: Any, path: Path) -> Iterator[tuple[np.ndarray, int]]:
+    """(uint8 [32, 32, 3], label) of every row, each checked before it is decoded."""
+    row = 0
+    for batch in file.iter_batches(PARQUET_ROWS, columns=["img", "fine_label"]):
+        cells, labels = batch["img"].to_pylist(), batch["fine_label"].to_pylist()
+        for cell, label in zip(cells, labels, strict=True):
+            if type(label) is not int or not 0 <= label < CIFAR100_CLASSES:
+                raise DataError(f"{path}: row {row}: fine_label={label} is not in 0..99")
+            data = cell["bytes"]
+            if not isinstance(data, bytes):
+                raise DataError(f"{path}: row {row}: img.bytes holds no bytes")
+            yield _decode(BytesIO(data), f"{path}: row {row}", exactly=SIZE), label
+            row += 1
 
 
 def _names_in_schema(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
@@ -265,7 +290,7 @@ def folder_images(folder: Path) -> ImageData:
             (path, c)
             for c, name in enumerate(names)
             for path in sorted((folder / half / name).iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
         ]
         for half in ("train", "test")
     }
@@ -278,7 +303,10 @@ def folder_images(folder: Path) -> ImageData:
         arrays = {}
         for half, found in files.items():
             arrays[half] = np.stack(
-                [_decode(path, str(path)) for path, _ in _progress(found, f"decoding {half}/")]
+                [
+                    _decode(path, str(path))
+                    for path, _ in _progress(found, f"decoding {half}/", len(found))
+                ]
             )
         labels = {half: [label for _, label in found] for half, found in files.items()}
         return _image_data(
@@ -444,9 +472,9 @@ def _read_entry(entry: Path) -> ImageData | None:
     if not entry.is_file():
         return None
     try:
-        with np.load(entry, allow_pickle=False) as stored:
-            arrays = tuple(stored[name] for name in ARRAYS)
-            meta = json.loads(str(stored["meta"]))
+        stored = read_npz(entry, (*ARRAYS, "meta"))
+        arrays = tuple(stored[name] for name in ARRAYS)
+        meta = json.loads(str(stored["meta"]))
         if _fingerprint(arrays, meta["class_names"]) == meta["fingerprint"]:
             meta["class_names"] = tuple(meta["class_names"])
             return ImageData(*arrays, **meta)
@@ -468,11 +496,17 @@ def _write_entry(entry: Path, images: ImageData) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _progress(items: list, what: str) -> Iterable:
+def _progress(items: Iterable, what: str, total: int) -> Iterable:
     try:
         from tqdm import tqdm
     except ImportError:  # where only torch and its like are installed
         return items
-    seconds = 0.5 if sys.stderr.isatty() else 30
-    few = len(items) < 2000
-    return tqdm(items, desc=what, unit="image", leave=False, mininterval=seconds, disable=few)
+    return tqdm(
+        items,
+        total=total,
+        desc=what,
+        unit="image",
+        leave=False,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=total < 2000,
+    )

@@ -8,6 +8,7 @@ checkpoints/experts/<name>/{best,final_calibrated}_<expert>_baseline.pth
 import json
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtail_experts.config import shorten
+from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.logits import ExpertLogits, load_expert_logits
 from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
@@ -33,8 +36,14 @@ def run(run_ids: list[str], out: Path) -> None:
         if losses.count(loss) > 1:
             raise RunError(f"run_ids: two runs of loss {loss}; give one of each")
     _require_same_splits(runs)
-    manifest = runs[0].read_json("splits/manifest.json")
-    name = dataset_name(manifest)
+    try:
+        manifest = runs[0].read_json("splits/manifest.json")
+        name = dataset_name(manifest)
+        index_space = str(manifest["index_space"])
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"run {run_ids[0]}: splits/manifest.json is malformed ({first_line(error)[:200]})"
+        ) from None
     files: dict[str, Any] = {}
     experts = {
         loss: load_expert_logits(run_.run_id) for loss, run_ in zip(losses, runs, strict=True)
@@ -52,13 +61,13 @@ def run(run_ids: list[str], out: Path) -> None:
     first = next(iter(experts.values()))
     for split in ARGSE_SPLITS:
         files[f"data/{name}_splits/{split}_indices.json"] = first.splits[split].indices.tolist()
-    if manifest["index_space"] != "torchvision":
+    if index_space != "torchvision":
         log.warning(
             "indices are not in torchvision's order of CIFAR-100 but in that of the source "
             "%s...; targets and index_space.json are written beside them",
-            manifest["index_space"][:12],
+            index_space[:12],
         )
-        space = {"index_space": manifest["index_space"]}
+        space = {"index_space": index_space}
         files[f"data/{name}_splits/index_space.json"] = space
         for split in ARGSE_SPLITS:
             targets = first.splits[split].targets.tolist()
@@ -69,14 +78,21 @@ def run(run_ids: list[str], out: Path) -> None:
 
 
 def dataset_name(manifest: dict[str, Any]) -> str:
-    """cifar100_lt_if100 for the full recipe; other settings are named after themselves."""
+    """cifar100_lt_if100 for the full recipe; other settings are named after themselves.
+
+    It becomes a folder: ValueError where a manifest from elsewhere would lead out of it.
+    """
     profile, factor = manifest["imbalance_profile"], manifest["imbalance_factor"]
+    source, largest = manifest["source"], manifest["images_per_class"]
     if profile == "natural":
-        return f"{manifest['source']}_natural"
-    step = "step_" if profile == "step" else ""
-    largest = manifest["images_per_class"]
-    fewer = f"_n{largest}" if largest not in (None, 500) else ""
-    return f"{manifest['source']}_lt_{step}if{factor:g}{fewer}"
+        name = f"{source}_natural"
+    else:
+        step = "step_" if profile == "step" else ""
+        fewer = f"_n{largest}" if largest not in (None, 500) else ""
+        name = f"{source}_lt_{step}if{factor:g}{fewer}"
+    if not re.fullmatch(r"[\w.+-]{1,100}", name) or name.startswith("."):
+        raise ValueError(f"its settings make no folder name: {shorten(name)!r}")
+    return name
 
 
 def half_precision_logits(expert: ExpertLogits) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longtail_experts.data.archives import require_honest_zip
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.runs import Run, RunError
 
@@ -55,16 +56,14 @@ def read_file(path: Path) -> dict[str, Any]:
     Sizes and checksums of the zip that torch writes are checked before anything is unpacked.
     """
     try:
-        size = path.stat().st_size
+        if path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"larger than {MAX_BYTES:,} bytes")
         with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            if max(size, unpacked) > MAX_BYTES or unpacked > size:
-                raise CheckpointError(f"{unpacked:,} bytes in a file of {size:,}")
-            if damaged := archive.testzip():
-                raise CheckpointError(f"checksum of {damaged}")
+            require_honest_zip(archive, path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content["model"], dict):
-            raise CheckpointError("model is not a dict")
+        weights = content["model"]
+        if not isinstance(weights, dict) or not all(map(_is_weight, weights.values())):
+            raise CheckpointError("model is not a dict of float32 tensors")
         for name in ("epoch", "step"):
             if type(content[name]) is not int:
                 raise CheckpointError(f"{name} is not an integer")
@@ -84,6 +83,10 @@ def read_file(path: Path) -> dict[str, Any]:
     ) as error:
         raise CheckpointError(first_line(error)[:200]) from None
     return content
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
 def rng_states() -> dict[str, Any]:

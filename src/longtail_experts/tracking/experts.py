@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from longtail_experts.config import Config, ConfigError, make_config, to_text
+from longtail_experts.config import Config, make_config, parse_recipe, to_text
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
+from longtail_experts.data.sources import first_line
 from longtail_experts.data.splits import SPLITS
 from longtail_experts.learning.calibration import deployment_scores
 from longtail_experts.learning.evaluation import deployment_priors
@@ -177,9 +177,9 @@ def pointer_to(source: Run) -> dict[str, str]:
 def recorded_config(run: Run) -> Config:
     """The config that a run was started with; RunError where it cannot be read."""
     try:
-        return make_config(yaml.safe_load(run.read_text("config.yaml")))
-    except (ConfigError, yaml.YAMLError, TypeError, ValueError) as error:
-        raise RunError(f"run {run.run_id}: config.yaml: {error}") from None
+        return make_config(parse_recipe(run.read_text("config.yaml"), "config.yaml"))
+    except ValueError as error:  # ConfigError, or no UTF-8
+        raise RunError(f"run {run.run_id}: config.yaml: {first_line(error)}") from None
 
 
 def require_same_splits(run: Run, config: Config, data: Dataset) -> None:

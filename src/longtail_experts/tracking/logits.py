@@ -11,8 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from longtail_experts.data.archives import read_npz
+from longtail_experts.data.sources import first_line
 from longtail_experts.data.splits import SPLITS
 from longtail_experts.tracking.runs import Run, RunError, open_run
+
+# What a file that is no npz can raise; RuntimeError and NotImplementedError: an encrypted zip,
+# or one of an unknown method.
+UNREADABLE = (KeyError, ValueError, OSError, EOFError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,16 @@ def read_logits(run: Run) -> ExpertLogits:
 def _malformed(what: str) -> Iterator[None]:
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{what} is malformed ({error!r})") from None
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        says = first_line(error)[:200]
+        raise RunError(f"{what} is malformed ({type(error).__name__}: {says})") from None
 
 
 def _vector(values: list[float], length: int) -> np.ndarray:
@@ -120,10 +134,10 @@ def _read_split(path: Path, sha256: str, shape: tuple[int, int], what: str) -> S
     if _sha256(path) != sha256:
         raise RunError(f"{what}.npz is not the file that the manifest describes (sha256 differs)")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: _frozen(file[name]) for name in ("logits", "targets", "indices")}
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f"{what}.npz cannot be read ({error})") from None
+        read = read_npz(path, ("logits", "targets", "indices"))
+        arrays = {name: _frozen(array) for name, array in read.items()}
+    except (*UNREADABLE, zipfile.BadZipFile) as error:
+        raise RunError(f"{what}.npz cannot be read ({first_line(error)})") from None
     split = SplitLogits(**arrays)
     if (
         split.logits.shape != shape

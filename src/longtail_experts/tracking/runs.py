@@ -40,6 +40,7 @@ for _noisy in ("mlflow", "alembic"):
 log = logging.getLogger(__name__)
 
 KILLED_PATIENCE = 3.0  # seconds that a run told to stop waits for its store
+MAX_TEXT = 100_000_000  # bytes of a JSON, YAML or Markdown artifact that is read back
 BATCH = 1000  # what one log_batch call may hold
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # as MLflow names a run by itself
 
@@ -179,7 +180,10 @@ class Run:
             yield Path(local)
 
     def read_text(self, path: str) -> str:
+        """Raises RunError where it is missing or too large, UnicodeDecodeError, a ValueError."""
         with self.read_artifact(path) as local:
+            if local.stat().st_size > MAX_TEXT:
+                raise RunError(f"run {self.run_id}: {path} is larger than {MAX_TEXT:,} bytes")
             return local.read_text(encoding="utf-8")
 
     def read_json(self, path: str) -> Any:

@@ -1,0 +1,183 @@
+"""Resuming in the process of the test: what is continued, what is refused, what falls back."""
+
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from reliability.harness import history, last_checkpoint, training_runs
+
+from longtail_experts.cli import main
+from longtail_experts.tracking.recorder import local_folder
+from longtail_experts.tracking.runs import Run
+
+
+def interrupt_after(points: int, run_id: list[str]) -> threading.Thread:
+    """SIGTERM to this process as soon as a run's journal holds that many points."""
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            for journal in Path(".cache/runs").glob("*/points.jsonl"):
+                if journal.read_bytes().count(b"\n") >= points:
+                    run_id.append(journal.parent.name)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+
+    done = threading.Event()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.done = done
+    thread.start()
+    return thread
+
+
+@pytest.fixture
+def interrupted(store, tiny_arguments):
+    """(entry point, loss, points) -> the id of a run that got SIGTERM after so many points."""
+
+    def interrupt(entry_point: str, loss: str, points: int, *changed: str) -> str:
+        run_id: list[str] = []
+        watcher = interrupt_after(points, run_id)
+        assert main([entry_point, "--loss", loss, *tiny_arguments, *changed]) == 143
+        watcher.done.set()
+        watcher.join()
+        assert Run(run_id[0]).status == "KILLED"
+        return run_id[0]
+
+    return interrupt
+
+
+def test_an_interrupted_main_resumes_to_the_same_expert(
+    interrupted, three_experts, capsys, tiny_arguments
+):
+    run_id = interrupted("main", "ce", 10)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("terminated at step ")
+    assert f"-P resume={run_id} goes on from there" in message
+    rng = torch.load(local_folder(run_id) / "last.pt", weights_only=True)["rng"]
+    assert {"torch", "python", "numpy"} <= set(rng)
+    torch.manual_seed(99)
+
+    assert main(["main", "--resume", run_id, "--epochs", "6", *tiny_arguments]) == 0
+    assert f"run {run_id} FINISHED" in capsys.readouterr().out
+    assert not local_folder(run_id).exists()
+    assert Run(run_id).tags["resumed"] == "1"
+    ours = history(run_id), last_checkpoint(run_id)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{three_experts['folder']}/mlflow.db")
+        theirs = history(three_experts["ce"]), last_checkpoint(three_experts["ce"])
+    assert ours[0] == theirs[0]
+    for name, weights in theirs[1]["model"].items():
+        assert torch.equal(ours[1]["model"][name], weights), name
+    assert torch.equal(ours[1]["rng"]["torch"], rng["torch"])
+
+    assert main(["main", "--resume", run_id]) == 0
+    assert "is finished already; nothing was changed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_parent_of_all_goes_on_with_what_is_missing(interrupted):
+    """Killed in its first child; resumed, it finishes that child and starts the other two."""
+    child = interrupted("main", "all", 5)
+    parent = Run(child).tags["mlflow.parentRunId"]
+    assert Run(parent).status == "KILLED"
+    assert main(["main", "--resume", parent]) == 0
+    runs = training_runs()
+    assert sorted(run.data.tags["expert"] for run in runs) == [
+        "balanced_softmax",
+        "ce",
+        "logit_adjust",
+    ]
+    assert {run.info.status for run in runs} == {"FINISHED"} == {Run(parent).status}
+    assert child in {run.info.run_id for run in runs}
+
+
+def test_mlflow_run_with_run_id_goes_on_with_that_run(interrupted, monkeypatch, tiny_arguments):
+    run_id = interrupted("train", "ce", 10)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    assert main(["train", "--loss", "ce", *tiny_arguments]) == 0
+    assert [run.info.run_id for run in training_runs()] == [run_id]
+    assert len(history(run_id)["train/loss"]) == 6
+
+
+def test_another_host_resumes_from_the_store_under_a_launcher_that_only_points(
+    interrupted, monkeypatch, tmp_path
+):
+    run_id = interrupted("train", "ce", 10)
+    recorded = history(run_id)
+    monkeypatch.setenv("LONGTAIL_CACHE_DIR", str(tmp_path / "elsewhere"))
+    client = MlflowClient()
+    launched = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+    assert main(["train", "--loss", "ce", "--config", "auto", "--resume", run_id]) == 0
+    assert Run(launched).tags["stage"] == "resume"
+    assert Run(launched).tags["source_run_id"] == run_id
+    assert not Run(launched).metrics
+    assert Run(launched).status == Run(run_id).status == "FINISHED"
+    complete = history(run_id)
+    assert len(complete["train/loss"]) == 6
+    for name, points in recorded.items():
+        assert complete[name][: len(points)] == points, name
+
+
+def test_another_config_is_refused_by_name(interrupted, tiny_arguments, capfd, tmp_path):
+    run_id = interrupted("train", "ce", 5)
+
+    def refused(*arguments: str) -> str:
+        capfd.readouterr()
+        assert main(["train", "--resume", run_id, *arguments]) == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        return line
+
+    line = refused("--lr", "0.1", "--epochs", "9")
+    assert "lr=0.1 (was 0.05)" in line
+    assert "epochs=9 (was 6)" in line
+    assert "loss=balanced_softmax (was ce)" in refused("--loss", "balanced_softmax")
+    assert "source=cifar100 (was images)" in refused("--config", "cifar100_lt")
+    assert "train/<class>/" in refused("--data_dir", str(tmp_path))
+    assert "epochs=0" in refused("--epochs", "0")
+    assert Run(run_id).status == "KILLED"
+    capfd.readouterr()
+    assert main(["train", "--resume", "nosuchrun"]) == 2
+    assert "run_id=nosuchrun: not found" in capfd.readouterr().err
+
+
+def test_other_images_are_refused(interrupted, image_folder, tmp_path, capfd):
+    run_id = interrupted("train", "ce", 5)
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other)
+    next((other / "train" / "ant").iterdir()).unlink()
+    assert main(["train", "--resume", run_id, "--data_dir", str(other)]) == 2
+    assert "was trained on splits" in capfd.readouterr().err
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [torn, flipped, Path.unlink], ids=["torn", "flipped", "gone"])
+def test_a_damaged_last_falls_back_to_the_one_before(
+    damage, interrupted, three_experts, caplog, capsys
+):
+    """Both copies of the newest checkpoint, here and in the store, are damaged alike."""
+    run_id = interrupted("train", "ce", 16, "--checkpoint_every=1")
+    folder = local_folder(run_id)
+    assert {"last.pt", "previous.pt"} <= {path.name for path in folder.iterdir()}
+    before = torch.load(folder / "previous.pt", weights_only=True)["step"]
+    stored = next(Path.cwd().glob(f"mlruns/*/{run_id}/artifacts/checkpoints/last.pt"))
+    damage(folder / "last.pt")
+    damage(stored)
+    assert main(["train", "--resume", run_id]) == 0
+    assert f"at step {before + 1} of" in capsys.readouterr().out
+    if damage is not Path.unlink:
+        assert "last.pt is damaged" in caplog.text
+    assert len(history(run_id)["train/loss"]) == 6
