@@ -52,7 +52,7 @@ class Training:
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.kill(self.process.pid, number)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """The exit code (negative: the signal that ended it)."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -65,7 +65,7 @@ class Training:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90, what: str = "") -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 300, what: str = "") -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
