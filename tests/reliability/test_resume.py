@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from reliability.harness import history, last_checkpoint, training_runs
 
 from longtail_experts.cli import main
+from longtail_experts.learning import step as steps
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.runs import Run
 
@@ -78,6 +79,45 @@ def test_an_interrupted_main_resumes_to_the_same_expert(
     assert "is finished already; nothing was changed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(1, id="first", marks=pytest.mark.slow),
+        pytest.param(8, id="last of an epoch"),
+        pytest.param(11, id="in an epoch", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_at_any_step_ends_in_the_same_weights(
+    step, store, tiny_arguments, three_experts, monkeypatch, capsys
+):
+    train_step, taken = steps.train_step, []
+
+    def terminated_at_step(*args):
+        loss = train_step(*args)
+        taken.append(loss)
+        if len(taken) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "train_step", terminated_at_step)
+        assert main(["train", "--loss", "ce", *tiny_arguments]) == 143
+    assert len(taken) == step
+    assert f"at step {step}: " in capsys.readouterr().err
+    (run,) = training_runs()
+    run_id = run.info.run_id
+    assert main(["train", "--resume", run_id]) == 0
+    assert f"resuming ce in epoch {step // 8 - (step == 8)}, at step {step} of 48" in (
+        capsys.readouterr().out
+    )
+    ours = history(run_id), last_checkpoint(run_id)["model"]
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{three_experts['folder']}/mlflow.db")
+        theirs = history(three_experts["ce"]), last_checkpoint(three_experts["ce"])["model"]
+    assert ours[0] == {name: theirs[0][name] for name in ours[0]}
+    assert all(torch.equal(ours[1][name], weights) for name, weights in theirs[1].items())
+
+
 @pytest.mark.slow
 def test_the_parent_of_all_goes_on_with_what_is_missing(interrupted):
     """Killed in its first child; resumed, it finishes that child and starts the other two."""
@@ -103,6 +143,7 @@ def test_mlflow_run_with_run_id_goes_on_with_that_run(interrupted, monkeypatch, 
     assert len(history(run_id)["train/loss"]) == 6
 
 
+@pytest.mark.slow
 def test_another_host_resumes_from_the_store_under_a_launcher_that_only_points(
     interrupted, monkeypatch, tmp_path
 ):
@@ -164,7 +205,14 @@ def flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [torn, flipped, Path.unlink], ids=["torn", "flipped", "gone"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(torn, id="torn", marks=pytest.mark.slow),
+        pytest.param(flipped, id="flipped"),
+        pytest.param(Path.unlink, id="gone", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_last_falls_back_to_the_one_before(
     damage, interrupted, three_experts, caplog, capsys
 ):

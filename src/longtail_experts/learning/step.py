@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -26,7 +27,8 @@ class TrainState:
     """A network in training: weights, momentum, and the number of optimiser steps taken.
 
     `losses` and `sizes` are those of the batches that the epoch under way has had so far, on
-    the device; between epochs they are empty.
+    the device; between epochs they are empty. `seconds` is the time those took, or the whole of
+    the last epoch.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class TrainState:
     step: int = 0
     losses: list[Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def path(self) -> str:
@@ -147,15 +150,18 @@ def train_epoch(
     """
     state.model.train()
     first_step = state.step - len(state.losses)
+    started = time.perf_counter() - (state.seconds if state.losses else 0.0)
     for images, targets in batches:
         loss = train_step(state, images, targets, shift, lr_at(state.step), precision)
         state.losses.append(loss)
         state.sizes.append(len(targets))
         if images.device.type == "cpu":
             _require_finite([loss], state.step - 1, lr_at)
+        state.seconds = time.perf_counter() - started
         on_step()
     _require_finite(state.losses, first_step, lr_at)
     per_batch = torch.stack(state.losses).double().cpu()
+    state.seconds = time.perf_counter() - started
     weight = torch.tensor(state.sizes, dtype=torch.float64)
     state.losses, state.sizes = [], []
     return float((per_batch * weight).sum() / weight.sum())

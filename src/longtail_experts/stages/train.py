@@ -145,7 +145,7 @@ def train_epochs(
     padded = pad(data.pixels("train")).to(config.device)
     targets = data.targets("train").to(config.device)
     shift = train_shift(config, data).to(config.device)
-    announce_cost(config, state, padded, targets, shift)
+    announce_cost(config, config.epochs - first_epoch, state, padded, targets, shift)
     lr_steps = steps_worth_logging(
         warmup_steps=config.warmup_steps, steps_per_epoch=steps_per_epoch, epochs=config.epochs
     )
@@ -172,23 +172,23 @@ def train_epochs(
             draws = draw_epoch(num_images, config.expert_seed, epoch, config.device)
             seen = len(state.losses) * config.batch_size
             left = EpochDraws(*(values[seen:] for values in draws))
-            started = time.perf_counter()
+            batches = augmented_batches(padded, targets, left, config.batch_size)
             mean_loss = train_epoch(
                 state,
-                augmented_batches(padded, targets, left, config.batch_size),
+                batches if seen < num_images else [],
                 shift=shift,
                 lr_at=lr_of,
                 precision=config.precision,
                 on_step=partial(after_step, epoch),
             )
-            seconds = time.perf_counter() - started
             step, is_last = state.step - 1, epoch == config.epochs - 1
             first_step = epoch * steps_per_epoch
             points = [("lr", lr_of(s), s) for s in lr_steps if first_step <= s < state.step]
-            points += [("epoch", epoch, step), ("train/loss", mean_loss, step)]
-            if seen < num_images:
-                rate = (num_images - seen) / seconds
-                points += [("train/images_per_second", rate, step)]
+            points += [
+                ("epoch", epoch, step),
+                ("train/loss", mean_loss, step),
+                ("train/images_per_second", num_images / state.seconds, step),
+            ]
             if is_last or (epoch + 1) % config.validation_every == 0:
                 validation = validate(state, config, data)
                 points += [(f"val/{name}", value, step) for name, value in validation.items()]
@@ -295,6 +295,7 @@ def last_checkpoint(
         "optimizer": state.optimizer.state_dict(),
         "losses": torch.stack(state.losses).cpu() if state.losses else torch.empty(0),
         "sizes": state.sizes,
+        "seconds": state.seconds,
         "rng": rng_states(),
         "best": selection.best,
         "best_weights": selection.best_weights,
@@ -326,6 +327,7 @@ def restore(
         state.step = checkpoint["step"] + 1
         state.losses = list(checkpoint["losses"].to(config.device))
         state.sizes = list(checkpoint["sizes"])
+        state.seconds = float(checkpoint["seconds"])
         selection.best = dict(checkpoint["best"])
         selection.best_weights = dict(checkpoint["best_weights"])
         selection.without_better = checkpoint["validations_without_better"]
@@ -352,14 +354,15 @@ def show(bar: tqdm, lr: float, loss: float, validation: dict[str, float]) -> Non
 
 def announce_cost(
     config: Config,
+    num_epochs: int,
     state: TrainState,
     padded: torch.Tensor,
     targets: torch.Tensor,
     shift: torch.Tensor,
 ) -> None:
-    """Time a few steps on a throwaway copy and print what the whole training will take."""
+    """Time a few steps on a throwaway copy and print what the epochs ahead will take."""
     num_images = len(targets)
-    if num_images * config.epochs < 100_000:
+    if num_images * num_epochs < 100_000:
         return
     trial = copy.deepcopy(state)
     draws = draw_epoch(num_images, 0, 0, config.device)
@@ -370,12 +373,12 @@ def announce_cost(
         loss = train_step(trial, images, labels, shift, 0.0, config.precision)
         float(loss)  # waits for the device
         seconds.append((time.perf_counter() - started) / len(labels))
-    minutes = statistics.median(seconds[1:]) * num_images * config.epochs / 60
+    minutes = statistics.median(seconds[1:]) * num_images * num_epochs / 60
     where = f"{config.device}, {config.precision}, {state.path} steps"
     if config.device == "cpu":
         where += f", {torch.get_num_threads()} threads"
     print(
-        f"{config.loss}: {config.epochs} epochs of {num_images} images, about "
+        f"{config.loss}: {num_epochs} epochs of {num_images} images, about "
         f"{minutes / 60:.1f} h ({minutes:.0f} min) on this device ({where})",
         flush=True,
     )

@@ -23,7 +23,7 @@ from mlflow.entities import Metric
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.checkpoints import CheckpointError, read_file
 from longtail_experts.tracking.patience import FIRST_PAUSE, LONGEST_PAUSE, patience
-from longtail_experts.tracking.runs import BATCH, KILLED_PATIENCE, Run, RunError
+from longtail_experts.tracking.runs import BATCH, KILLED_PATIENCE, Run, RunError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,13 @@ class Recorder:
     def __init__(self, run: Run):
         self._run = run
         self.folder = local_folder(run.run_id)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder}: cannot be written ({error.strerror or error}); name another "
+                "place with LONGTAIL_CACHE_DIR"
+            ) from None
         self._lock = FileLock(self.folder / "lock")
         self._points: deque[Metric] = deque()
         self._recorded: set[tuple[str, int]] = set()

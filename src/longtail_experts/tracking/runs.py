@@ -4,6 +4,7 @@ Nothing here sets a tracking URI or an experiment: a run goes where MLflow was t
 MLflow's own default, and `mlflow run` has already created the one that we are to fill.
 """
 
+import getpass
 import hashlib
 import json
 import logging
@@ -270,7 +271,9 @@ def _first_contact(uri: str) -> Iterator[None]:
     path = uri.removeprefix("sqlite:///")
     place = uri if path == uri else os.path.abspath(path)
     name = hashlib.sha256(place.encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"longtail-experts-{os.getuid()}-{name}.lock"):
+    with FileLock(
+        Path(tempfile.gettempdir()) / f"longtail-experts-{getpass.getuser()}-{name}.lock"
+    ):
         yield
 
 
