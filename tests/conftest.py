@@ -10,7 +10,6 @@ from PIL import Image
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ["LONGTAIL_OFFLINE"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as cli.py does, before torch is imported
 
 CLASS_COUNTS = {"ant": 60, "bee": 40, "cat": 28, "dog": 16, "eel": 6}
 TINY_EXPERT = {

@@ -22,10 +22,6 @@ from longtail_experts.config import (
 )
 from longtail_experts.stages.interrupts import Terminated, raise_terminated
 
-# Read when torch is first imported. By default idle OpenMP threads spin, so that two trainings on
-# the same cores slow each other down many times over; sleeping costs a lone one nothing measurable.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 ENTRY_POINTS = {
     "main": "train, calibrate and record one expert in one run (loss=all: three, as child runs)",
     "data": "build and verify the splits; log them with their manifest and figures",
