@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from mlflow.entities import Metric
 
 from longtail_experts.data.sources import first_line
-from longtail_experts.tracking.checkpoints import CheckpointError, read_file
+from longtail_experts.tracking.checkpoints import CheckpointError, read_checkpoint, read_file
 from longtail_experts.tracking.patience import FIRST_PAUSE, LONGEST_PAUSE, patience
 from longtail_experts.tracking.runs import BATCH, KILLED_PATIENCE, Run, RunError, StoreError
 
@@ -148,11 +148,10 @@ class Recorder:
                 except CheckpointError as error:
                     log.warning("%s is damaged (%s); looking for the one before it", path, error)
         if self._run.has_artifact("checkpoints/last.pt"):
-            with self._run.read_artifact("checkpoints/last.pt") as path:
-                try:
-                    found.append(read_file(path))
-                except CheckpointError as error:
-                    log.warning("checkpoints/last.pt of the store is damaged (%s)", error)
+            try:
+                found.append(read_checkpoint(self._run, "last"))
+            except RunError as error:
+                log.warning("%s", error)
         return max(found, key=lambda content: content["step"], default=None)
 
     def finish(self, seconds: float | None = None) -> None:
@@ -243,6 +242,8 @@ class Recorder:
         link = outbox / f"{name}.pt"
         link.unlink(missing_ok=True)
         with self._change:
+            if name not in self._due:  # saved once more meanwhile, and put off
+                return
             saved = self._due[name]
             os.link(self.folder / f"{name}.pt", link)
         started = time.monotonic()
