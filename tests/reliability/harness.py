@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 # nothing takes eight seconds. It runs no OpenMP region itself, which would not survive a fork.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["longtail_experts.stages.main", "longtail_experts.cli", "matplotlib.pyplot", "torch._dynamo"]
+    ["longtail_experts.stages.main", "longtail_experts.cli", "matplotlib.pyplot"]
 )
 TIMED = {"train/images_per_second"}  # the one metric that differs between equal runs
 

@@ -28,6 +28,7 @@ from PIL import Image
 
 from longtail_experts import load_expert_logits
 from longtail_experts.config import Config, ConfigError, make_config, parse_recipe
+from longtail_experts.data import sources
 from longtail_experts.data.sources import DataError, load_images
 from longtail_experts.stages.export import dataset_name
 from longtail_experts.tracking import experts
@@ -177,6 +178,7 @@ BAD_CHECKPOINTS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
 def test_a_bad_checkpoint_is_refused_unexecuted(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -484,8 +486,8 @@ BAD_PARQUETS: dict[str, tuple[Callable[[Path], object], str]] = {
     "bomb": (
         lambda p: parquet(
             p,
-            [{"bytes": bytes(5_000_000)}] * 500,
-            [1] * 500,
+            [{"bytes": bytes(1_000_000)}] * 20,
+            [1] * 20,
             compression="zstd",
             use_dictionary=False,
         ),
@@ -509,6 +511,7 @@ BAD_PARQUETS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("kind", BAD_PARQUETS)
 def test_a_bad_parquet_is_one_line(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("LONGTAIL_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "MAX_UNPACKED", 10_000_000)
     make, says = BAD_PARQUETS[kind]
     make(tmp_path / "train.parquet")
     parquet(tmp_path / "test.parquet", [IMAGE], [1])

@@ -97,6 +97,7 @@ def test_a_run_killed_again_and_again_still_ends_the_same(store, undisturbed, ar
 def test_a_run_cut_off_is_offered_and_reaped(store, arguments):
     training = Training(store, ["train", "--loss", "ce", *arguments])
     wait_until(lambda: journal_lines(store) > 12)
+    training.kill(signal.SIGSTOP)  # alive, but it shall not be done before we are
     (run,) = training_runs()
     run_id = run.info.run_id
 

@@ -113,10 +113,10 @@ def test_training_goes_on_while_the_server_is_away(training_on_server, sqlite_se
     sqlite_server.stop()
     recorded = journal_lines(empty_folder)
     wait_until(lambda: journal_lines(empty_folder) > recorded + 10)
+    wait_until(lambda: "training goes on" in training.output, what=training.output)
     assert training.process.exitcode is None
     sqlite_server.start()
     assert training.wait() == 0, training.output
-    assert "training goes on" in training.output
     assert "is back" in training.output
     assert len(history(run_id)["train/loss"]) == 6
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.runs import RunError, StoreError, open_run, start_run
@@ -114,3 +115,26 @@ def test_a_deleted_run_is_refused(store):
     MlflowClient().delete_run(run.run_id)
     with pytest.raises(RunError, match="is deleted"):
         open_run(run.run_id)
+
+
+@pytest.mark.parametrize(("says", "passes"), [("unique constraint", True), ("no such run", False)])
+def test_two_runs_that_record_one_data_set_at_once(store, monkeypatch, says, passes):
+    with start_run("x", {}) as run:
+        log_inputs, calls = run.plain_client.log_inputs, []
+
+        def lost_the_race(*arguments):
+            calls.append(arguments)
+            if len(calls) == 1:
+                raise MlflowException(f'duplicate key violates {says} "dataset_pk"')
+            return log_inputs(*arguments)
+
+        monkeypatch.setattr(run.plain_client, "log_inputs", lost_the_race)
+        record = [("train", "abc", "images", {"num_rows": 3})]
+        if passes:
+            run.log_datasets(record)
+            (dataset,) = run.client.get_run(run.run_id).inputs.dataset_inputs
+            assert dataset.dataset.name == "train"
+        else:
+            with pytest.raises(MlflowException, match="no such run"):
+                run.log_datasets(record)
+            assert len(calls) == 1

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 KILLED_PATIENCE = 3.0  # seconds that a run told to stop waits for its store
 MAX_TEXT = 100_000_000  # bytes of a JSON, YAML or Markdown artifact that is read back
+RACES = 20  # of two runs that record the same data set at once; one a data set is lost at most
 BATCH = 1000  # what one log_batch call may hold
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # as MLflow names a run by itself
 
@@ -128,7 +129,16 @@ class Run:
             )
             for split, digest, source, profile in datasets
         ]
-        self.client.log_inputs(self.run_id, inputs)
+        for attempt in range(RACES):
+            try:
+                self.client.log_inputs(self.run_id, inputs)
+                return
+            except MlflowException as error:
+                # MLflow looks a data set up, then inserts it: another run of the same splits may
+                # have done so in between, and the next look finds it.
+                is_race = "unique constraint" in str(error).lower()
+                if not is_race or attempt == RACES - 1:
+                    raise
 
     # --- reading ---
 
