@@ -45,6 +45,7 @@ class Training:
         self.process = PROCESSES.Process(
             target=_work,
             args=(arguments, {**os.environ, **environment}, str(folder), str(self.log)),
+            daemon=True,  # a failed test leaves none behind
         )
         self.process.start()
 
