@@ -75,7 +75,7 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
     Raises NonFiniteLossError at the step where the loss stops being a number.
     """
     num_images = data.size("train")
-    steps_per_epoch = math.ceil(num_images / config.batch_size)
+    steps_per_epoch = steps_an_epoch(config, data)
     lr_of = schedule_of(config, steps_per_epoch)
     model = build_resnet32(data.num_classes, config.shortcut, config.expert_seed)
     with Recorder(run_) as recorder:
@@ -126,8 +126,7 @@ def record_beginning(
     needed = experts.output_bytes(num_parameters(model), num_rows, data.num_classes, config.epochs)
     require_room(run_, recorder.folder, needed)
     experts.record_inputs(run_, config, data, num_parameters(model))
-    steps_per_epoch = math.ceil(data.size("train") / config.batch_size)
-    experts.record_schedule(run_, config.epochs, steps_per_epoch, lr_of)
+    experts.record_schedule(run_, config.epochs, steps_an_epoch(config, data), lr_of)
 
 
 def train_epochs(
@@ -141,7 +140,7 @@ def train_epochs(
 ) -> None:
     """The epochs from `first_epoch` on, the first of which may be half done."""
     num_images = data.size("train")
-    steps_per_epoch = math.ceil(num_images / config.batch_size)
+    steps_per_epoch = steps_an_epoch(config, data)
     padded = pad(data.pixels("train")).to(config.device)
     targets = data.targets("train").to(config.device)
     shift = train_shift(config, data).to(config.device)
@@ -246,6 +245,10 @@ def progress_bar(config: Config, steps_per_epoch: int, done: int) -> tqdm:
     )
 
 
+def steps_an_epoch(config: Config, data: Dataset) -> int:
+    return math.ceil(data.size("train") / config.batch_size)
+
+
 def schedule_of(config: Config, steps_per_epoch: int) -> partial:
     """step -> learning rate."""
     return partial(
@@ -333,9 +336,9 @@ def restore(
         selection.without_better = checkpoint["validations_without_better"]
         restore_rng(checkpoint["rng"])
         points = [tuple(point) for point in checkpoint["points"]]
+    except RunError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if isinstance(error, RunError):
-            raise
         raise RunError(
             f"run {run_.run_id}: last.pt cannot be resumed from ({first_line(error)})"
         ) from None
