@@ -169,6 +169,10 @@ class Run:
     def experiment_id(self) -> str:
         return self.client.get_run(self.run_id).info.experiment_id
 
+    @property
+    def artifact_uri(self) -> str:
+        return self.client.get_run(self.run_id).info.artifact_uri
+
     def history(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) pairs in the order of steps."""
         points = self.client.get_metric_history(self.run_id, metric)
@@ -297,9 +301,8 @@ def link_to(run: Run) -> str:
     return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
-def local_artifact_root(run: Run) -> Path | None:
-    """The folder of a run's artifacts, where that is on this machine."""
-    root = run.client.get_run(run.run_id).info.artifact_uri
+def local_folder_of(root: str) -> Path | None:
+    """The folder of an artifact root, where that is on this machine."""
     if root.startswith("file:"):
         return Path(url2pathname(urlparse(root).path))
     return None if "://" in root or root.startswith("mlflow-artifacts:") else Path(root)
@@ -311,15 +314,14 @@ def _require_usable_artifact_root(run: Run) -> None:
     `mlflow ui` opened on an empty folder creates the Default experiment with a root that only
     its own server can serve; roots are absolute, so that a moved folder loses its artifacts.
     """
-    root = run.client.get_run(run.run_id).info.artifact_uri
-    uri = mlflow.get_tracking_uri()
+    root, uri = run.artifact_uri, mlflow.get_tracking_uri()
     if root.startswith("mlflow-artifacts:") and not uri.startswith(("http:", "https:")):
         raise StoreError(
             "the experiment was created by `mlflow ui`, which keeps its artifacts for its own "
             "server: use another one (mlflow run . --experiment-name longtail ...; without "
             "mlflow run: MLFLOW_EXPERIMENT_NAME=longtail)"
         )
-    folder = local_artifact_root(run)
+    folder = local_folder_of(root)
     if folder is None:
         return
     experiment = folder.parent.parent
@@ -346,7 +348,7 @@ def _has_siblings(run: Run) -> bool:
 def require_room(run: Run, folder: Path, needed: int) -> None:
     """StoreError where `folder`, or the run's artifacts, lie on a disk with less than `needed`
     bytes free."""
-    for place in (folder, local_artifact_root(run)):
+    for place in (folder, local_folder_of(run.artifact_uri)):
         if place is None:
             continue
         existing = next(p for p in (place, *place.parents) if p.exists())
