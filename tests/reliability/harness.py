@@ -16,7 +16,13 @@ from mlflow import MlflowClient
 # nothing takes eight seconds. It runs no OpenMP region itself, which would not survive a fork.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["longtail_experts.stages.main", "longtail_experts.cli", "matplotlib.pyplot"]
+    [
+        "longtail_experts.stages.main",
+        "longtail_experts.cli",
+        "matplotlib.pyplot",
+        "mlflow.store.tracking.sqlalchemy_store",
+        "torch._dynamo",  # which the first optimiser imports
+    ]
 )
 TIMED = {"train/images_per_second"}  # the one metric that differs between equal runs
 

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from reliability.harness import (
@@ -110,7 +111,8 @@ def test_a_run_cut_off_is_offered_and_reaped(store, arguments):
     assert MlflowClient().get_run(run_id).info.status == "RUNNING"
 
     training.kill(signal.SIGKILL)
-    training.wait()
+    assert training.wait() == EXIT_CODES[signal.SIGKILL], training.output
+    assert not psutil.pid_exists(training.process.pid)
     assert MlflowClient().get_run(run_id).info.status == "RUNNING"
     short = [*arguments, "--epochs=1"]
     next_one = Training(store, ["train", "--loss", "ce", *short])

@@ -95,22 +95,25 @@ def test_eight_processes_into_a_server_with_postgresql(
 
 
 @pytest.fixture
-def training_on_server(empty_folder, sqlite_server, tiny_arguments):
-    """A training that has begun to record into the server, to be cut off from it."""
+def training_cut_off(empty_folder, sqlite_server, tiny_arguments):
+    """A training that had begun to record when its server was stopped. It is halted meanwhile,
+    so that it cannot be done before the server is."""
 
     def start(**environment: str) -> tuple[Training, str]:
-        training = Training(empty_folder, ["train", "--loss", "ce", *tiny_arguments], **environment)
+        arguments = ["train", "--loss", "ce", *tiny_arguments]
+        training = Training(empty_folder, arguments, **environment)
         wait_until(lambda: journal_lines(empty_folder) > 5)
+        training.kill(signal.SIGSTOP)
         (run,) = training_runs()
-        wait_until(lambda: "train/loss" in history(run.info.run_id))
+        sqlite_server.stop()
+        training.kill(signal.SIGCONT)
         return training, run.info.run_id
 
     return start
 
 
-def test_training_goes_on_while_the_server_is_away(training_on_server, sqlite_server, empty_folder):
-    training, run_id = training_on_server()
-    sqlite_server.stop()
+def test_training_goes_on_while_the_server_is_away(training_cut_off, sqlite_server, empty_folder):
+    training, run_id = training_cut_off()
     recorded = journal_lines(empty_folder)
     wait_until(lambda: journal_lines(empty_folder) > recorded + 10)
     wait_until(lambda: "training goes on" in training.output, what=training.output)
@@ -122,9 +125,8 @@ def test_training_goes_on_while_the_server_is_away(training_on_server, sqlite_se
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"
 
 
-def test_a_server_that_stays_away_costs_nothing_but_a_resume(training_on_server, sqlite_server):
-    training, run_id = training_on_server(LONGTAIL_STORE_PATIENCE="2")
-    sqlite_server.stop()
+def test_a_server_that_stays_away_costs_nothing_but_a_resume(training_cut_off, sqlite_server):
+    training, run_id = training_cut_off(LONGTAIL_STORE_PATIENCE="2")
     assert training.wait() == 1, training.output
     last = training.output.strip().splitlines()[-1]
     assert last.startswith("error: ")
@@ -140,10 +142,9 @@ def test_a_server_that_stays_away_costs_nothing_but_a_resume(training_on_server,
 
 
 def test_reap_delivers_what_a_killed_training_could_not(
-    training_on_server, sqlite_server, empty_folder
+    training_cut_off, sqlite_server, empty_folder
 ):
-    training, run_id = training_on_server()
-    sqlite_server.stop()
+    training, run_id = training_cut_off()
     recorded = journal_lines(empty_folder)
     wait_until(lambda: journal_lines(empty_folder) > recorded + 4)
     training.kill(signal.SIGKILL)
