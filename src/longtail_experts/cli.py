@@ -28,15 +28,26 @@ ENTRY_POINTS = {
     "train": "train one expert; calibrate does the rest, on any later day",
     "calibrate": "temperature, test figures, logits and model, into the training run run_id",
     "export": "write the files that AR-GSE reads, from one run of each loss",
+    "compare": "table and figures across finished experts, and their ensembles",
     "reap": "mark runs as FAILED whose process is gone, after delivering what they left behind",
 }
 OWN_PARAMETERS = {
     "calibrate": {"run_id": "the training run"},
     "export": {"run_ids": "finished runs: a,b,c", "out": "folder to write into"},
+    "compare": {
+        "run_ids": "finished experts: a,b,c; none: the newest of each loss, or see below",
+        "experiment": "where to look for them (default: where a run started now would go)",
+        "tags": "only runs with these tags: name=value,name=value",
+        "last": "the newest N of them",
+        "deployment": "class prior to which all scores are converted: uniform (test_balanced), or "
+        "test_lt (that split's own frequencies)",
+        "different_splits": "true: tabulate even experts of different splits",
+    },
     "reap": {
         "run_id": "one run, of any host, whose process you know to be gone; none: all of this host"
     },
 }
+OPTIONAL = ("compare", "reap")  # entry points whose own parameters may be left out
 RESUMABLE = ("main", "train")
 CALIBRATE_MAY_CHANGE = ("data_dir", "device", "batch_size")
 FULL_RECIPE, DEMO_RECIPE = "cifar100_lt", "demo"
@@ -97,7 +108,7 @@ def parser() -> Parser:
             argument_default=argparse.SUPPRESS,
         )
         for own, about in OWN_PARAMETERS.get(name, {}).items():
-            entry.add_argument(f"--{own}", required=name != "reap", help=about)
+            entry.add_argument(f"--{own}", required=name not in OPTIONAL, help=about)
         if name in RESUMABLE:
             entry.add_argument(
                 "--resume",
@@ -280,6 +291,11 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
             from longtail_experts.stages import export
 
             export.run(_ids(given["run_ids"]), Path(given["out"]))
+        elif entry_point == "compare":
+            from longtail_experts.stages import compare
+
+            choice, deployment, different_splits = _comparison(given)
+            print(f"run {compare.run(choice, deployment, different_splits)} FINISHED")
         elif entry_point == "reap":
             from longtail_experts.stages import reap
 
@@ -293,6 +309,36 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
     except (RunError, DataError) as error:
         return _complain(error, 2)
     return 0
+
+
+def _comparison(given: dict[str, str]) -> tuple[Any, str, bool]:
+    """Which runs, under which deployment prior, and whether of different splits."""
+    from longtail_experts.stages.compare import DEPLOYMENTS, Choice
+
+    given = {name: value for name, value in given.items() if value != "none"}
+    deployment = given.get("deployment", "uniform")
+    if deployment not in DEPLOYMENTS:
+        raise ConfigError(
+            f"deployment={shorten(deployment)!r}: give one of {', '.join(DEPLOYMENTS)}"
+        )
+    different = given.get("different_splits", "false")
+    if different not in ("true", "false"):
+        raise ConfigError(f"different_splits={shorten(different)!r}: give true or false")
+    last = given.get("last")
+    if last is not None and not (last.isascii() and last.isdigit() and 0 < int(last) < 10_000):
+        raise ConfigError(f"last={shorten(last)!r}: give a number of runs from 1 to 9999")
+    tags = {}
+    for pair in given["tags"].split(",") if "tags" in given else []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"tags={shorten(given['tags'])!r}: give name=value,name=value")
+        tags[name.strip()] = value.strip()
+    run_ids = _ids(given["run_ids"]) if "run_ids" in given else []
+    filters = [name for name in ("experiment", "tags", "last") if name in given]
+    if run_ids and filters:
+        raise ConfigError(f"run_ids together with {filters[0]}: give the runs or a filter")
+    choice = Choice(run_ids, given.get("experiment", ""), tags, last and int(last))
+    return choice, deployment, different == "true"
 
 
 def _ids(text: str) -> list[str]:

@@ -53,7 +53,7 @@ class TrackingServer:
     def stop(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(30)
+            self.process.wait(3)  # it waits for its clients, of which one may be halted
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, 9)
             self.process.wait(30)

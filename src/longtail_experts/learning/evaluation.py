@@ -44,6 +44,14 @@ def evaluate(
     return values | {f"{name}_uncalibrated": value for name, value in uncalibrated.items()}
 
 
+def evaluate_scores(
+    scores: Tensor, targets: Tensor, groups: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Accuracies of the argmax, nll, brier and ece of log-posterior scores [N, C], as they are."""
+    values = accuracies(scores.argmax(1), targets, groups, scores.shape[1])
+    return values | proper_scores(scores, targets, groups["head"])
+
+
 def prior_weighted_accuracy(logits: Tensor, targets: Tensor, pool_prior: Tensor) -> float:
     """sum over classes of pool_prior * recall: accuracy if test frequencies were the pool's."""
     recall, _ = per_class_recall(logits.argmax(1), targets, logits.shape[1])

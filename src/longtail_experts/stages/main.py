@@ -1,6 +1,6 @@
 """Entry point `main`: train, then calibrate, in one run; with loss=all one child run a loss.
 
-The one stage made of others: it is `train` followed by `calibrate` and nothing else.
+The one stage made of others: it is `train` followed by `calibrate`, and for loss=all `compare`.
 """
 
 import logging
@@ -9,6 +9,7 @@ from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
 from longtail_experts.learning.step import NonFiniteLossError
+from longtail_experts.stages import compare
 from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.inputs import for_one_expert
 from longtail_experts.stages.train import train_expert
@@ -76,6 +77,8 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
                 foreseen = isinstance(error, NonFiniteLossError | RunError)
                 log.error("%s failed: %s", loss, error, exc_info=not foreseen)
                 failures[loss] = first_line(error)
+        if len(children) > 1:
+            compare.into(parent, list(children.values()))
         experts.describe_parent(parent, config, children, failures)
         if failures:
             named = "; ".join(f"{loss} failed: {reason}" for loss, reason in failures.items())

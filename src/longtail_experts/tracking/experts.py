@@ -32,6 +32,7 @@ from longtail_experts.tracking.runs import (
     git_tags,
     launched_run,
     link_to,
+    link_to_artifact,
     start_run,
 )
 
@@ -264,7 +265,7 @@ def record_figures(
         figures.learning_curves({name: run.history(name) for name in curves}, path)
     deployment = deployment_priors(data.targets("test_lt"), data.num_classes)
     panels = {
-        split: {
+        f"Reliability on {split}": {
             label: reliability(
                 deployment_scores(logits[split], t, log_offset, prior, q).softmax(1),
                 data.targets(split),
@@ -429,7 +430,11 @@ def describe_parent(
     for loss, reason in failures.items():
         rows.append([f"{loss}: FAILED ({reason.replace('|', '/')})", *["-"] * 9])
     header = ("test_balanced, %", *report.ACCURACIES, "T")
-    parent.describe(f"{notice(config)}{report.table(header, rows)}")
+    text = f"{notice(config)}{report.table(header, rows)}"
+    if len(children) > 1:
+        page = link_to_artifact(parent, "comparison/index.html")
+        text += f"\n\n[The experts compared, and their ensembles, with figures]({page})"
+    parent.describe(text)
 
 
 def record_split_report(run: Run, config: Config, data: Dataset) -> None:

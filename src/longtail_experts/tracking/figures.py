@@ -27,38 +27,40 @@ STYLE = {
 }
 
 
-def _axes(columns: int = 1, width: float = 7.0, height: float = 4.0) -> tuple[Figure, list[Axes]]:
+def new_axes(
+    columns: int = 1, width: float = 7.0, height: float = 4.0
+) -> tuple[Figure, list[Axes]]:
     plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
     return figure, list(axes[0])
 
 
-def _plain_numbers_on_log_axis(axis: Axis) -> None:
+def plain_numbers_on_log_axis(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_locator(NullLocator())
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def lr_schedule(rates: Sequence[float], steps_per_epoch: int, path: Path) -> None:
     """Learning rate over steps, logarithmic, with epochs along the top."""
-    figure, (axes,) = _axes()
+    figure, (axes,) = new_axes()
     axes.step(range(len(rates)), rates, where="post", color=ALL)
     axes.set(yscale="log", xlabel="optimiser step", ylabel="learning rate", title="LR schedule")
     top = axes.secondary_xaxis(
         "top", functions=(lambda s: s / steps_per_epoch, lambda e: e * steps_per_epoch)
     )
     top.set_xlabel("epoch")
-    _save(figure, path)
+    save(figure, path)
 
 
 def learning_curves(histories: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
     """Training loss beside validation accuracy: balanced, head, tail; histories by metric name."""
-    figure, (left, right) = _axes(2, 10.0, 4.0)
+    figure, (left, right) = new_axes(2, 10.0, 4.0)
     left.plot(*zip(*histories["train/loss"], strict=True), color=ALL)
     left.set(xlabel="optimiser step", ylabel="nats", title="Training loss (mean over images)")
     for name, colour, label in (
@@ -72,14 +74,14 @@ def learning_curves(histories: Mapping[str, Sequence[tuple[int, float]]], path: 
     right.set(xlabel="optimiser step", ylabel="accuracy, %", title="Validation on val_lt")
     right.set_ylim(bottom=0)
     right.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def per_class_accuracy(
     recall: np.ndarray, pool_counts: np.ndarray, is_head: np.ndarray, path: Path
 ) -> None:
     """Recall on test_balanced of each class over its images in the LT pool."""
-    figure, (axes,) = _axes()
+    figure, (axes,) = new_axes()
     for mask, colour, marker, name in ((is_head, HEAD, "o", "head"), (~is_head, TAIL, "^", "tail")):
         if mask.any():
             mean = 100 * np.nanmean(recall[mask])
@@ -99,19 +101,19 @@ def per_class_accuracy(
         title="Per-class accuracy against class frequency",
         ylim=(-3, 103),
     )
-    _plain_numbers_on_log_axis(axes.xaxis)
+    plain_numbers_on_log_axis(axes.xaxis)
     figure.legend(loc="outside lower center", ncols=2)
-    _save(figure, path)
+    save(figure, path)
 
 
 def reliability(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
-    """Accuracy over confidence, before and after scaling; panels split -> {label: bins [15, 3]}.
+    """Accuracy over confidence, before and after scaling; panels title -> {label: bins [15, 3]}.
 
     The bins are (images, confidence, accuracy); empty ones are not drawn, and the size of a
     marker grows with its share of the images.
     """
-    figure, axes = _axes(len(panels), 5.0 * len(panels), 4.6)
-    for ax, (split, curves) in zip(axes, panels.items(), strict=True):
+    figure, axes = new_axes(len(panels), 5.0 * len(panels), 4.6)
+    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
         ax.plot([0, 100], [0, 100], color=BEFORE, lw=1, ls="--")
         for (label, bins), colour, marker in zip(
             curves.items(), (TAIL, HEAD), ("s", "o"), strict=False
@@ -130,19 +132,19 @@ def reliability(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> N
         ax.set(
             xlabel="confidence, %",
             ylabel="accuracy, %",
-            title=f"Reliability on {split}",
+            title=title,
             xlim=(0, 100),
             ylim=(0, 100),
         )
         ax.legend(loc="upper left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def split_counts(
     class_counts: Mapping[str, np.ndarray], pool_counts: np.ndarray, path: Path
 ) -> None:
     """Images a class in every split, classes from the most frequent to the rarest."""
-    figure, axes = _axes(2, 11.0, 4.2)
+    figure, axes = new_axes(2, 11.0, 4.2)
     order = np.argsort(-pool_counts, kind="stable")
     colours = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00")
     for (split, counts), colour in zip(class_counts.items(), colours, strict=True):
@@ -156,6 +158,6 @@ def split_counts(
             ylabel="images (0 drawn at 0.5)",
             title=f"Splits {title}",
         )
-        _plain_numbers_on_log_axis(ax.yaxis)
+        plain_numbers_on_log_axis(ax.yaxis)
         ax.legend()
-    _save(figure, path)
+    save(figure, path)

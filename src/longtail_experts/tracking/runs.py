@@ -291,14 +291,23 @@ def _first_contact(uri: str) -> Iterator[None]:
         yield
 
 
+def launched_run_id() -> str | None:
+    """The run that `mlflow run` has created for this process."""
+    return os.environ.get("MLFLOW_RUN_ID")
+
+
 def launched_run(name: str, tags: Mapping[str, str]) -> AbstractContextManager[Run | None]:
     """The run that `mlflow run` has created for this process; nothing without a launcher."""
-    return start_run(name, tags) if os.environ.get("MLFLOW_RUN_ID") else nullcontext()
+    return start_run(name, tags) if launched_run_id() else nullcontext()
 
 
 def link_to(run: Run) -> str:
     """Where `mlflow ui` shows the run, relative to the address that it prints."""
     return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
+
+
+def link_to_artifact(run: Run, path: str) -> str:
+    return f"{link_to(run)}/artifacts/{path}"
 
 
 def local_folder_of(root: str) -> Path | None:

@@ -1,0 +1,47 @@
+"""Entry point `compare`: finished experts beside each other, and together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from longtail_experts.tracking import comparison, comparison_report
+from longtail_experts.tracking.comparison import DEPLOYMENTS as DEPLOYMENTS
+from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
+from longtail_experts.tracking.runs import Run, start_run
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which runs: these, or those of an experiment with these tags, or its newest."""
+
+    run_ids: Sequence[str] = ()
+    experiment: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    last: int | None = None
+
+
+def run(choice: Choice, deployment: str = "uniform", different_splits: bool = False) -> str:
+    """Compare in a run of its own; returns its id. RunError before any is started."""
+    runs = comparison.chosen_runs(choice.run_ids, choice.experiment, choice.tags, choice.last)
+    members = comparison.read_members(runs)
+    same_splits = comparison.require_comparable(members, different_splits)
+    name = f"compare {', '.join(m.label for m in members)}"
+    with start_run(name[:200], {"stage": "compare"}) as run_:
+        text = record(run_, members, deployment, same_splits)
+        comparison_report.describe_comparison(run_, text)
+    print(text)
+    return run_.run_id
+
+
+def into(parent: Run, run_ids: Sequence[str]) -> None:
+    """The comparison of the experts of one parent, into the parent."""
+    members = comparison.read_members([Run(run_id) for run_id in run_ids])
+    record(parent, members, "uniform", comparison.require_comparable(members, False))
+
+
+def record(
+    run_: Run, members: Sequence[comparison.Member], deployment: str, same_splits: bool
+) -> str:
+    result = comparison.together(members, deployment) if same_splits else None
+    synthetic = any(member.facts.get("source") == "synthetic" for member in members)
+    notice = f"{SYNTHETIC_NOTICE}\n\n" if synthetic else ""
+    return comparison_report.record_comparison(run_, members, result, notice)

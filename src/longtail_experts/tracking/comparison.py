@@ -1,0 +1,303 @@
+"""Finished experts beside each other: which ones, what their runs hold, and what follows."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlflow
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtail_experts.data.longtail import class_groups
+from longtail_experts.data.sources import first_line
+from longtail_experts.learning.calibration import deployment_scores
+from longtail_experts.learning.ensembles import ENSEMBLES, disagreement, error_overlap
+from longtail_experts.learning.evaluation import deployment_priors, evaluate_scores
+from longtail_experts.learning.metrics import (
+    balanced_accuracy_standard_error,
+    per_class_recall,
+    reliability,
+)
+from longtail_experts.tracking.experts import recorded_config
+from longtail_experts.tracking.logits import ExpertLogits, is_calibrated, read_logits
+from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_run
+
+DEPLOYMENTS = {"uniform": "test_balanced", "test_lt": "test_lt"}  # prior q -> split scored under it
+WHERE_TRAINED = ("device", "precision", "step_path", "git.commit", "git.dirty", "resumed")
+NOT_A_DIFFERENCE = ("loss", "data_dir")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One expert of a comparison, as its run records it."""
+
+    label: str
+    run_id: str
+    run_name: str
+    loss: str
+    metrics: Mapping[str, float]
+    facts: Mapping[str, str]  # config, and where and how it was trained
+    splits_sha256: str
+    pool_counts: tuple[int, ...]
+    training_seconds: float
+    expert: ExpertLogits
+
+    def scores(self, split: str, deployment: Tensor, temperature: float | None = None) -> Tensor:
+        """Log-posterior under the deployment prior q [C], float64 [N, C]; T of the expert."""
+        return deployment_scores(
+            torch.tensor(self.expert.splits[split].logits),
+            self.expert.temperature if temperature is None else temperature,
+            torch.tensor(self.expert.log_offset),
+            torch.tensor(self.expert.prior),
+            deployment,
+        )
+
+    def logits(self, split: str) -> Tensor:
+        return torch.tensor(self.expert.splits[split].logits)
+
+    def targets(self, split: str) -> Tensor:
+        return torch.tensor(self.expert.splits[split].targets)
+
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        masks = class_groups(self.pool_counts)
+        return {name: torch.from_numpy(mask) for name, mask in masks.items()}
+
+
+# --- which runs -------------------------------------------------------------------------------
+
+
+def chosen_runs(
+    run_ids: Sequence[str] = (),
+    experiment: str = "",
+    tags: Mapping[str, str] | None = None,
+    last: int | None = None,
+) -> list[Run]:
+    """The runs named, or those of an experiment that carry `tags`: the newest `last` of them, or
+    where that is not given either, the newest of each expert. Only calibrated experts."""
+    if run_ids:
+        runs = [open_run(run_id) for run_id in run_ids]
+        for run in runs:
+            require_calibrated(run)
+        return runs
+    client = mlflow.MlflowClient()
+    asked = {"calibrated": "true", **(tags or {})}
+    found = [
+        run
+        for run in client.search_runs(
+            [experiment_id(client, experiment)],
+            "tags.calibrated = 'true'",
+            order_by=["attributes.start_time DESC"],
+            max_results=10_000,
+        )
+        if all(run.data.tags.get(name) == value for name, value in asked.items())
+    ]
+    if last is not None:
+        found = found[:last]
+    elif not tags:
+        newest: dict[str, mlflow.entities.Run] = {}
+        for run in found:
+            newest.setdefault(run.data.tags.get("expert", ""), run)
+        found = list(newest.values())
+    if not found:
+        raise RunError(
+            "no calibrated expert is in the experiment"
+            + (" with these tags" if tags else "")
+            + ": train one first (mlflow run . -P loss=ce), or give -P run_ids=a,b,c"
+        )
+    return [Run(run.info.run_id) for run in reversed(found)]
+
+
+def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
+    """Of the experiment named, or of that into which a run started now would go."""
+    launched = launched_run_id()
+    if not name and launched:
+        return open_run(launched).experiment_id
+    if not name and "MLFLOW_EXPERIMENT_ID" in os.environ:
+        return os.environ["MLFLOW_EXPERIMENT_ID"]
+    name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        known = ", ".join(e.name for e in client.search_experiments(max_results=10))
+        raise RunError(f"experiment={name[:60]}: not in the store; there are: {known}")
+    return found.experiment_id
+
+
+def require_calibrated(run: Run) -> None:
+    if not is_calibrated(run):
+        raise RunError(
+            f"run {run.run_id}: is no calibrated expert (its stage is {run.tags.get('stage')}); "
+            f"if it is a training, first: mlflow run . -e calibrate -P run_id={run.run_id}"
+        )
+
+
+# --- what they hold ---------------------------------------------------------------------------
+
+
+def read_members(runs: Sequence[Run]) -> list[Member]:
+    """Logits, metrics and settings of each; RunError where something is missing or altered."""
+    tags = [run.tags for run in runs]
+    configs = [recorded_config(run) for run in runs]
+    ids = [run.run_id for run in runs]
+    for run_id, times in Counter(ids).items():
+        if times > 1:
+            raise RunError(f"run_ids: {run_id} is given {times} times")
+    labels = distinct_labels([(c.loss, str(c.seed)) for c in configs], ids)
+    members = []
+    for run, config, tag, label in zip(runs, configs, tags, labels, strict=True):
+        try:
+            manifest = run.read_json("splits/manifest.json")
+            pool_counts = tuple(int(n) for n in manifest["pool_counts"])
+            num_train = int(manifest["splits"]["train"]["size"])
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise RunError(
+                f"run {run.run_id}: splits/manifest.json is malformed ({first_line(error)[:200]})"
+            ) from None
+        rates = [rate for _, rate in run.history("train/images_per_second")]
+        members.append(
+            Member(
+                label=label,
+                run_id=run.run_id,
+                run_name=run.name,
+                loss=config.loss,
+                metrics=run.metrics,
+                facts={**config.as_text(), **{n: tag[n] for n in WHERE_TRAINED if n in tag}},
+                splits_sha256=run.params.get("splits_sha256", "unknown"),
+                pool_counts=pool_counts,
+                training_seconds=sum(num_train / rate for rate in rates if rate > 0),
+                expert=read_logits(run),
+            )
+        )
+    return members
+
+
+def distinct_labels(names: Sequence[tuple[str, str]], run_ids: Sequence[str]) -> list[str]:
+    """(loss, seed) as `loss`, with the seed, or a part of the run id, where that is not enough."""
+    losses = Counter(loss for loss, _ in names)
+    both = Counter(names)
+    labels = []
+    for (loss, seed), run_id in zip(names, run_ids, strict=True):
+        if losses[loss] == 1:
+            labels.append(loss)
+        elif both[loss, seed] == 1:
+            labels.append(f"{loss} seed {seed}")
+        else:
+            labels.append(f"{loss} {run_id[:6]}")
+    return labels
+
+
+def require_comparable(members: Sequence[Member], different_splits: bool) -> bool:
+    """Whether all were trained and tested on the same splits; RunError where they were not and
+    that was not asked for, or where they know different classes."""
+    first = members[0]
+    for member in members[1:]:
+        if member.expert.class_names != first.expert.class_names:
+            raise RunError(
+                f"run {member.run_id}: has other classes than {first.run_id}; experts of "
+                "different classes cannot be compared"
+            )
+    hashes = {member.splits_sha256 for member in members}
+    if len(hashes) == 1:
+        for member in members[1:]:
+            for split, of_first in first.expert.splits.items():
+                if not np.array_equal(member.expert.splits[split].targets, of_first.targets):
+                    raise RunError(
+                        f"run {member.run_id}: {split} has other targets than in {first.run_id}, "
+                        "under the same splits_sha256: one of the two was altered"
+                    )
+        return True
+    if not different_splits:
+        listed = ", ".join(f"{m.label} {m.run_id}: {m.splits_sha256[:12]}" for m in members)
+        raise RunError(
+            f"experts of different splits ({listed}): name runs of one with -P run_ids=a,b,c, or "
+            "add -P different_splits=true for the table alone"
+        )
+    return False
+
+
+# --- what follows -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Together:
+    """Members and ensembles under one deployment prior; rows in the order of `labels`."""
+
+    deployment: str
+    split: str
+    labels: list[str]  # members, then ensembles
+    metrics: dict[str, dict[str, float]]
+    errors: dict[str, dict[str, float]]  # standard error of <group>_accuracy
+    disagreement: np.ndarray  # [M, M], of members
+    error_overlap: np.ndarray  # [M, M]
+
+
+def together(members: Sequence[Member], deployment: str) -> Together:
+    """Every member converted to the deployment prior, then combined; same splits only."""
+    first, split = members[0], DEPLOYMENTS[deployment]
+    targets, q = first.targets(split), prior_of_deployment(first, deployment)
+    scores = {member.label: member.scores(split, q) for member in members}
+    predictions = [values.argmax(1) for values in scores.values()]
+    if len(members) > 1:
+        of_members = list(scores.values())
+        scores |= {name: combine(of_members) for name, combine in ENSEMBLES.items()}
+    return Together(
+        deployment=deployment,
+        split=split,
+        labels=list(scores),
+        metrics={n: evaluate_scores(s, targets, first.groups) for n, s in scores.items()},
+        errors={n: standard_errors(s.argmax(1), targets, first.groups) for n, s in scores.items()},
+        disagreement=disagreement(predictions).numpy(),
+        error_overlap=error_overlap(predictions, targets).numpy(),
+    )
+
+
+def prior_of_deployment(member: Member, deployment: str) -> Tensor:
+    """q, float64 [C]."""
+    priors = deployment_priors(member.targets("test_lt"), len(member.expert.class_names))
+    return priors[DEPLOYMENTS[deployment]]
+
+
+def standard_errors(
+    predictions: Tensor, targets: Tensor, groups: Mapping[str, Tensor]
+) -> dict[str, float]:
+    num_classes = len(groups["head"])
+    masks = {"balanced": torch.ones(num_classes, dtype=torch.bool), **groups}
+    return {
+        f"{name}_accuracy": balanced_accuracy_standard_error(
+            predictions, targets, num_classes, mask
+        )
+        for name, mask in masks.items()
+        if bool(mask[targets].any())
+    }
+
+
+def recall_of(member: Member) -> np.ndarray:
+    """Recall of argmax f on test_balanced, [C]; nan for a class without images."""
+    logits, targets = member.logits("test_balanced"), member.targets("test_balanced")
+    return per_class_recall(logits.argmax(1), targets, logits.shape[1])[0].numpy()
+
+
+def reliability_panels(
+    members: Sequence[Member], deployment: str
+) -> dict[str, dict[str, np.ndarray]]:
+    """Bins before and after scaling, by a title for each member."""
+    split, panels = DEPLOYMENTS[deployment], {}
+    for member in members:
+        q = prior_of_deployment(member, deployment)
+        panels[f"{member.label} on {split}"] = {
+            label: reliability(member.scores(split, q, t).softmax(1), member.targets(split))
+            for label, t in (
+                ("T = 1", 1.0),
+                (f"T = {member.expert.temperature:.2f}", member.expert.temperature),
+            )
+        }
+    return panels
+
+
+def differences(members: Sequence[Member]) -> dict[str, list[str]]:
+    """Settings beside the loss that are not the same in all members: name -> value of each."""
+    names = dict.fromkeys(n for m in members for n in m.facts if n not in NOT_A_DIFFERENCE)
+    values = {name: [m.facts.get(name, "-") for m in members] for name in names}
+    return {name: of_each for name, of_each in values.items() if len(set(of_each)) > 1}

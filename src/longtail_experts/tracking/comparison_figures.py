@@ -1,0 +1,182 @@
+"""Figures that show several experts beside each other."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from longtail_experts.tracking.figures import (
+    ALL,
+    BEFORE,
+    HEAD,
+    TAIL,
+    new_axes,
+    plain_numbers_on_log_axis,
+    save,
+)
+
+# Okabe and Ito's colours and shapes beside them, one pair an expert; more than these repeat.
+EXPERTS = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+    ("#000000", "X"),
+)
+NEIGHBOURS = 9  # classes in a running mean
+
+
+def marks(number: int) -> tuple[str, str]:
+    """Colour and marker of an expert."""
+    return EXPERTS[number % len(EXPERTS)]
+
+
+def running_mean(values: np.ndarray, width: int = NEIGHBOURS) -> np.ndarray:
+    """Mean of each value and its neighbours, fewer at the ends; nan is left out. [C] -> [C]."""
+    half = width // 2
+    return np.array(
+        [np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    )
+
+
+def per_class(
+    recalls: Mapping[str, np.ndarray], pool_counts: np.ndarray, tail_at_most: int, path: Path
+) -> None:
+    """Recall [C] of every expert over class frequency: classes as dots, running means as lines."""
+    figure, (axes,) = new_axes(1, 8.0, 4.6)
+    order = np.argsort(-pool_counts, kind="stable")
+    frequency = pool_counts[order]
+    for number, (label, recall) in enumerate(recalls.items()):
+        colour, marker = marks(number)
+        values = 100 * recall[order]
+        axes.scatter(frequency, values, s=9, color=colour, marker=marker, alpha=0.3, lw=0)
+        axes.plot(frequency, running_mean(values), color=colour, lw=2, label=label)
+    if frequency.min() <= tail_at_most < frequency.max():
+        axes.axvline(tail_at_most + 0.5, color=BEFORE, lw=1, ls="--")
+        for x, side, name, colour in (
+            (tail_at_most * 0.95, "right", "tail", TAIL),
+            (tail_at_most * 1.1, "left", "head", HEAD),
+        ):
+            axes.text(x, 101, name, ha=side, va="top", color=colour)
+    axes.set(
+        xscale="log",
+        xlabel="images of the class in the LT pool",
+        ylabel="recall on test_balanced, %",
+        title=f"Per-class accuracy (lines: running mean of {NEIGHBOURS} classes)",
+        ylim=(-3, 103),
+    )
+    plain_numbers_on_log_axis(axes.xaxis)
+    figure.legend(loc="outside lower center", ncols=min(len(recalls), 3))
+    save(figure, path)
+
+
+def head_tail_plane(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    ensembles: Mapping[str, tuple[float, float]],
+    head_share: float,
+    title: str,
+    path: Path,
+) -> None:
+    """(head, tail) accuracy of each expert: of argmax f, then, where it is given, adjusted to the
+    deployment prior; and of the ensembles. The diagonals are lines of equal balanced accuracy."""
+    figure, (axes,) = new_axes(1, 7.0, 5.6)
+    everything = np.array([p for pair in points.values() for p in pair] + [*ensembles.values()])
+    low = np.maximum(100 * everything.min(0) - 5, 0)
+    high = np.minimum(100 * everything.max(0) + 5, 100)
+    has_adjusted = any(len(pair) > 1 for pair in points.values())
+    adjusted = "filled: argmax f; open: adjusted; " if has_adjusted else "argmax f; "
+    head = np.linspace(low[0], high[0], 50)
+    for level in range(0, 101, 2 if (high - low).max() < 30 else 5):
+        tail = (level - head_share * head) / (1 - head_share)
+        inside = (tail >= low[1]) & (tail <= high[1])
+        if inside.any():
+            axes.plot(head[inside], tail[inside], color=BEFORE, lw=0.7, alpha=0.6)
+            end = np.flatnonzero(inside)[-1]
+            axes.text(head[end], tail[end], f"{level}", color=BEFORE, fontsize=8, va="bottom")
+    for number, (label, pair) in enumerate(points.items()):
+        colour, marker = marks(number)
+        heads, tails = 100 * np.array(pair).T
+        axes.plot(heads, tails, color=colour, lw=0.8, ls=":")
+        axes.scatter(heads[0], tails[0], s=60, color=colour, marker=marker, label=label)
+        axes.scatter(
+            heads[1:], tails[1:], s=60, facecolors="none", edgecolors=colour, marker=marker
+        )
+    for (label, (x, y)), marker in zip(ensembles.items(), ("*", "p"), strict=False):
+        axes.scatter(100 * x, 100 * y, s=130, color=ALL, marker=marker, label=label)
+    axes.set(
+        xlabel="head accuracy, % (mean over classes)",
+        ylabel="tail accuracy, % (mean over classes)",
+        title=f"{title}\n{adjusted}grey lines: equal balanced accuracy, %",
+        xlim=(low[0], high[0]),
+        ylim=(low[1], high[1]),
+    )
+    figure.legend(loc="outside lower center", ncols=3)
+    save(figure, path)
+
+
+def pairs(
+    labels: Sequence[str], disagreement: np.ndarray, overlap: np.ndarray, title: str, path: Path
+) -> None:
+    """Two matrices [M, M] side by side, numbers in the cells."""
+    size = max(3.6, 0.9 * len(labels) + 1.6)
+    figure, axes = new_axes(2, 2 * size + 1, size)
+    for ax, values, name in (
+        (axes[0], disagreement, "predicted differently, % of images"),
+        (axes[1], overlap, "wrong by both / by at least one, %"),
+    ):
+        ax.imshow(100 * values, vmin=0, vmax=100, cmap="cividis")
+        ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        ax.set_yticks(range(len(labels)), labels)
+        ax.grid(visible=False)
+        ax.set_title(name, fontsize=10)
+        for (i, j), value in np.ndenumerate(100 * values):
+            ax.text(
+                j, i, f"{value:.1f}", ha="center", va="center", color="w" if value < 55 else "k"
+            )
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def ensemble(
+    rows: Mapping[str, Mapping[str, float]],
+    errors: Mapping[str, Mapping[str, float]],
+    num_members: int,
+    title: str,
+    path: Path,
+) -> None:
+    """Balanced, head and tail accuracy with standard errors, and NLL, of members and ensembles.
+
+    rows label -> metrics; errors label -> standard error of {balanced,head,tail}_accuracy. The
+    first `num_members` rows are members.
+    """
+    names = list(rows)
+    height = 1.6 + 0.42 * len(names)
+    figure, (left, right) = new_axes(2, 11.0, height)
+    places = np.arange(len(names))[::-1]
+    for group, colour, marker in (("head", HEAD, "o"), ("balanced", ALL, "D"), ("tail", TAIL, "^")):
+        key = f"{group}_accuracy"
+        values = [100 * rows[name].get(key, np.nan) for name in names]
+        spread = [100 * errors[name].get(key, np.nan) for name in names]
+        left.errorbar(
+            values, places, xerr=spread, fmt=marker, color=colour, capsize=2, ms=5, label=group
+        )
+    left.set(xlabel="accuracy, % (± standard error)", xlim=(0, None))
+    right.barh(
+        places,
+        [rows[name]["nll"] for name in names],
+        color=[BEFORE] * num_members + [ALL] * (len(names) - num_members),
+        height=0.6,
+    )
+    for place, name in zip(places, names, strict=True):
+        right.text(rows[name]["nll"], place, f" {rows[name]['nll']:.3f}", va="center")
+    right.set(xlabel="NLL, nats (lower is better)")
+    right.margins(x=0.15)
+    for ax in (left, right):
+        ax.set_yticks(places, names)
+        ax.axhline(len(names) - num_members - 0.5, color=BEFORE, lw=1, ls="--")
+    right.set_yticks(places, [""] * len(names))
+    figure.suptitle(title)
+    figure.legend(loc="outside lower left", ncols=3)
+    save(figure, path)

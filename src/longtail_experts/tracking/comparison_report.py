@@ -1,0 +1,404 @@
+"""A comparison in words, as CSV, and as one HTML page that opens without a network."""
+
+import base64
+import csv
+import html
+import io
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from longtail_experts.data.longtail import TAIL_AT_MOST
+from longtail_experts.tracking import comparison_figures, figures, report
+from longtail_experts.tracking.comparison import (
+    Member,
+    Together,
+    differences,
+    recall_of,
+    reliability_panels,
+    standard_errors,
+)
+from longtail_experts.tracking.runs import Run, link_to_artifact
+
+PAGE = "comparison/index.html"
+GROUPS = ("balanced", "head", "tail", "many", "medium", "few")
+
+
+class Row(NamedTuple):
+    """One measure: a cell for each column, and which cells are the best."""
+
+    name: str
+    cells: list[str]
+    best: set[int]
+
+
+class Section(NamedTuple):
+    title: str
+    words: str
+    header: Sequence[str]
+    rows: Sequence[Row]
+
+
+class Picture(NamedTuple):
+    name: str  # of the file
+    caption: str
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def four_digits(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def row(
+    name: str,
+    values: Sequence[float | None],
+    show: Callable[[float], str],
+    better: Callable[[Sequence[float]], float] | None,
+    errors: Sequence[float | None] | None = None,
+) -> Row:
+    """Equal cells, as shown, share the mark; it means nothing where there is but one column."""
+    cells = ["-" if v is None else show(v) for v in values]
+    best: set[int] = set()
+    known = [v for v in values if v is not None]
+    if better and len(known) > 1:
+        shown = show(better(known))
+        best = {i for i, cell in enumerate(cells) if cell == shown}
+    for i, error in enumerate(errors or ()):
+        if error is not None and values[i] is not None:
+            cells[i] += f" ± {show(error)}"
+    return Row(name, cells, best)
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def expert_rows(members: Sequence[Member]) -> list[Row]:
+    """What the runs recorded: argmax f, adjusted, scores before and after T; best values marked."""
+
+    def of(key: str) -> list[float | None]:
+        return [m.metrics.get(key) for m in members]
+
+    rows = []
+    for split in ("test_balanced", "test_lt"):
+        errors = [
+            standard_errors(m.logits(split).argmax(1), m.targets(split), m.groups) for m in members
+        ]
+        rows.append(row(f"{split}: accuracy, %", of(f"{split}/accuracy"), percent, max))
+        for group in GROUPS:
+            key = f"{group}_accuracy"
+            spread = [error.get(key) for error in errors]
+            rows.append(row(f"{split}: {group}, %", of(f"{split}/{key}"), percent, max, spread))
+        for name in ("accuracy", "balanced_accuracy"):
+            label = f"{split}: adjusted {name.replace('_', ' ')}, %"
+            rows.append(row(label, of(f"{split}/adjusted_{name}"), percent, max))
+        for key, label, show in (("nll", "NLL, nats", four_digits), ("ece", "ECE, %", percent)):
+            for end, when in (("_uncalibrated", "at T = 1"), ("", "calibrated")):
+                values = of(f"{split}/{key}{end}")
+                rows.append(row(f"{split}: {label}, {when}", values, show, min))
+    intervals = [
+        f"{m.expert.temperature:.3f} ({m.metrics['temperature_low']:.3f} to "
+        f"{m.metrics['temperature_high']:.3f})"
+        if "temperature_low" in m.metrics
+        else f"{m.expert.temperature:.3f}"
+        for m in members
+    ]
+    rows.append(Row("T (95 % interval)", intervals, set()))
+    minutes = [m.training_seconds / 60 for m in members]
+    rows.append(row("training, minutes", minutes, lambda v: f"{v:.1f}", None))
+    return [r for r in rows if any(cell != "-" for cell in r.cells)]
+
+
+def ensemble_rows(result: Together) -> list[Row]:
+    """Members and ensembles under one deployment prior."""
+    rows = [
+        row("accuracy, %", [result.metrics[n]["accuracy"] for n in result.labels], percent, max)
+    ]
+    for group in GROUPS:
+        key = f"{group}_accuracy"
+        values = [result.metrics[n].get(key) for n in result.labels]
+        spread = [result.errors[n].get(key) for n in result.labels]
+        rows.append(row(f"{group}, %", values, percent, max, spread))
+    for key, label, show in (
+        ("nll", "NLL, nats", four_digits),
+        ("brier", "Brier", four_digits),
+        ("ece", "ECE, %", percent),
+    ):
+        rows.append(row(label, [result.metrics[n][key] for n in result.labels], show, min))
+    return [r for r in rows if any(cell != "-" for cell in r.cells)]
+
+
+def as_markdown(header: Sequence[str], rows: Sequence[Row]) -> str:
+    return report.table(
+        [plain(h) for h in header],
+        [
+            [
+                r.name,
+                *(f"**{plain(c)}**" if i in r.best else plain(c) for i, c in enumerate(r.cells)),
+            ]
+            for r in rows
+        ],
+    )
+
+
+def plain(text: str) -> str:
+    """Text that cannot end a cell of a Markdown table."""
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def as_html(header: Sequence[str], rows: Sequence[Row]) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    body = ""
+    for r in rows:
+        cells = "".join(
+            f"<td{' class=best' if i in r.best else ''}>{html.escape(c)}</td>"
+            for i, c in enumerate(r.cells)
+        )
+        body += f"<tr><th>{html.escape(r.name)}</th>{cells}</tr>\n"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def as_csv(members: Sequence[Member]) -> str:
+    """A line a run, full precision: run, label, settings, then every metric."""
+    settings = list(dict.fromkeys(name for m in members for name in m.facts))
+    metrics = sorted({name for m in members for name in m.metrics})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run_id", "label", "splits_sha256", "training_seconds", *settings, *metrics])
+    for m in members:
+        start = [m.run_id, m.label, m.splits_sha256, f"{m.training_seconds:.1f}"]
+        values = [repr(m.metrics[name]) if name in m.metrics else "" for name in metrics]
+        writer.writerow([*start, *(m.facts.get(name, "") for name in settings), *values])
+    return text.getvalue()
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def draw(members: Sequence[Member], result: Together | None, folder: Path) -> list[Picture]:
+    """The figures as files in `folder`, with their captions."""
+    first, drawn = members[0], []
+
+    def picture(name: str, caption: str) -> Path:
+        drawn.append(Picture(name, caption))
+        return folder / name
+
+    comparison_figures.per_class(
+        {m.label: recall_of(m) for m in members},
+        np.array(first.pool_counts),
+        TAIL_AT_MOST,
+        picture("per_class.png", "Recall of argmax f on test_balanced over class frequency."),
+    )
+    groups = first.groups
+    if all(bool(groups[name].any()) for name in ("head", "tail")):
+        keys = ("test_balanced/head_accuracy", "test_balanced/tail_accuracy")
+        if result is not None and result.deployment == "uniform":
+            plane = {
+                m.label: [tuple(m.metrics[k] for k in keys), head_and_tail(result, m.label)]
+                for m in members
+            }
+            stars = {n: head_and_tail(result, n) for n in result.labels[len(members) :]}
+        else:
+            plane = {m.label: [tuple(m.metrics[k] for k in keys)] for m in members}
+            stars = {}
+        comparison_figures.head_tail_plane(
+            plane,
+            stars,
+            float(groups["head"].double().mean()),
+            "Head against tail on test_balanced",
+            picture(
+                "head_tail.png",
+                "The trade-off between head and tail; up and to the right is better.",
+            ),
+        )
+    if result is None:
+        return drawn
+    titled = f"{result.deployment} prior, {result.split}"
+    figures.reliability(
+        reliability_panels(members, result.deployment),
+        picture("reliability.png", f"Reliability under the deployment prior ({titled})."),
+    )
+    if len(members) > 1:
+        comparison_figures.pairs(
+            [m.label for m in members],
+            result.disagreement,
+            result.error_overlap,
+            f"Experts in pairs ({titled})",
+            picture("pairs.png", f"Disagreement and error overlap of experts ({titled})."),
+        )
+        comparison_figures.ensemble(
+            {n: result.metrics[n] for n in result.labels},
+            {n: result.errors[n] for n in result.labels},
+            len(members),
+            f"Calibrated experts and their ensembles ({titled})",
+            picture(
+                "ensemble.png",
+                f"Every expert converted to the {result.deployment} prior, then combined.",
+            ),
+        )
+    return drawn
+
+
+def head_and_tail(result: Together, label: str) -> tuple[float, float]:
+    return result.metrics[label]["head_accuracy"], result.metrics[label]["tail_accuracy"]
+
+
+# --- the record -------------------------------------------------------------------------------
+
+
+def record_comparison(
+    run: Run, members: Sequence[Member], result: Together | None, notice: str
+) -> str:
+    """comparison/{report.md, table.csv, index.html, figures/*.png} and the metrics of the
+    ensembles, into `run`; returns the report.
+
+    result is None where the experts are of different splits: then there is the table alone, with
+    the figures that need no common rows.
+    """
+    sections = described(members, result)
+    title = f"Comparison of {len(members)} experts: {', '.join(m.label for m in members)}"
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = draw(members, result, Path(scratch))
+        for picture in drawn:
+            run.upload(Path(scratch) / picture.name, "comparison/figures")
+        page = html_page(title, notice, sections, drawn, Path(scratch))
+    text = markdown(title, notice, sections)
+    run.write_text("comparison/report.md", text)
+    run.write_text("comparison/table.csv", as_csv(members))
+    run.write_text(PAGE, page)
+    if result is not None:
+        run.log_metrics(
+            {
+                f"ensemble_{name.split()[0]}/{key}": value
+                for name in result.labels[len(members) :]
+                for key, value in result.metrics[name].items()
+            },
+            step=0,
+        )
+    return text
+
+
+def described(members: Sequence[Member], result: Together | None) -> list[Section]:
+    """Everything but the pictures."""
+    labels = [m.label for m in members]
+    sections = [
+        Section(
+            "Experts",
+            "Accuracies are of argmax f, means over classes ± standard error of the test images; "
+            "the best of a row is marked. T does not touch them.",
+            ("measure", *labels),
+            expert_rows(members),
+        )
+    ]
+    if result is None:
+        sections.append(
+            Section(
+                "Different splits",
+                "These experts were trained and tested on different images: no figure that needs "
+                "the same images is drawn, and differences may come from the splits alone.",
+                (),
+                (),
+            )
+        )
+    elif len(members) > 1:
+        sections.append(
+            Section(
+                f"Ensembles under the {result.deployment} prior, on {result.split}",
+                "Every expert's scores f / T + log_offset + log q - log prior under the "
+                f"deployment prior q ({result.deployment}), then combined; the members' own "
+                "figures are of the same scores.",
+                ("measure", *result.labels),
+                ensemble_rows(result),
+            )
+        )
+    unlike = differences(members)
+    sections.append(
+        Section(
+            "What differs between the runs",
+            "Everything in their configurations, code and device beside the loss that could "
+            "explain a difference." + ("" if unlike else " Nothing does."),
+            ("setting", *labels),
+            [Row(name, values, set()) for name, values in unlike.items()],
+        )
+    )
+    sections.append(
+        Section(
+            "Runs",
+            "",
+            ("expert", "name", "run", "splits"),
+            [Row(m.label, [m.run_name, m.run_id, m.splits_sha256[:12]], set()) for m in members],
+        )
+    )
+    return sections
+
+
+def markdown(title: str, notice: str, sections: Sequence[Section]) -> str:
+    parts = [f"{notice}## {title}"]
+    for name, words, header, rows in sections:
+        parts.append(f"### {name}")
+        parts += [words] if words else []
+        parts += [as_markdown(header, rows)] if rows else []
+    return "\n\n".join(parts) + "\n"
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto;
+       padding: 0 1em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1em 0; }
+th, td { padding: 0.25em 0.8em; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child { text-align: left; font-weight: normal; }
+thead th { border-bottom: 2px solid #666; font-weight: 600; }
+.best { font-weight: 700; background: #e8f2fa; }
+.wide { overflow-x: auto; }
+figure { margin: 2em 0; }
+img { max-width: 100%; height: auto; }
+figcaption { color: #555; }
+.notice { border: 2px solid #D55E00; padding: 0.6em 1em; }
+"""
+
+
+def html_page(
+    title: str,
+    notice: str,
+    sections: Sequence[Section],
+    drawn: Sequence[Picture],
+    folder: Path,
+) -> str:
+    """The whole comparison in one file: pictures inside, no script, nothing fetched."""
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    if notice:
+        words = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(notice.strip()))
+        parts.append(f"<p class=notice>{words}</p>")
+    for number, (name, words, header, rows) in enumerate(sections):
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        parts += [f"<p>{html.escape(words)}</p>"] if words else []
+        parts += [f"<div class=wide>{as_html(header, rows)}</div>"] if rows else []
+        if number == 0:
+            parts += [figure_html(picture, folder) for picture in drawn]
+    body = "\n".join(parts)
+    return (
+        "<!doctype html>\n<html lang=en>\n<head><meta charset=utf-8>"
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def figure_html(picture: Picture, folder: Path) -> str:
+    data = base64.b64encode((folder / picture.name).read_bytes()).decode()
+    caption = html.escape(picture.caption)
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def describe_comparison(run: Run, text: str) -> None:
+    """The report as the page of the run, with the way to the pictures."""
+    page = link_to_artifact(run, PAGE)
+    run.describe(f"[With figures, on one page]({page})\n\n{text}")

@@ -1,0 +1,220 @@
+"""Experts beside each other: which runs, what the tables say, and who is refused."""
+
+import csv
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from scipy.special import log_softmax, logsumexp
+from sklearn.metrics import balanced_accuracy_score
+
+from longtail_experts import load_expert_logits
+from longtail_experts.cli import main
+from longtail_experts.tracking.comparison import distinct_labels
+
+LOSSES = ("ce", "logit_adjust", "balanced_softmax")
+FIGURES = {"per_class", "head_tail", "reliability", "pairs", "ensemble"}
+
+
+@pytest.fixture
+def experts(finished, tmp_path, monkeypatch) -> dict[str, str]:
+    """The finished experts in a copy of their store, to which runs may be added."""
+    shutil.copy(Path(finished["folder"]) / "mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.tracking.fluent._active_experiment_id = None
+    return finished
+
+
+def read(run_id: str, path: str) -> str:
+    file = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=f"comparison/{path}")
+    return Path(file).read_text()
+
+
+def newest_comparison():
+    experiment = MlflowClient().get_experiment_by_name("tests").experiment_id
+    return MlflowClient().search_runs([experiment], "tags.stage = 'compare'")[0]
+
+
+def converted(expert, split: str, q: np.ndarray) -> np.ndarray:
+    """log-posterior of an expert under q, from its exported logits alone."""
+    f = expert.splits[split].logits.astype(np.float64)
+    scores = f / expert.temperature + expert.log_offset + np.log(q) - np.log(expert.prior)
+    return log_softmax(scores, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("combination", "combine"),
+    [
+        ("mean", lambda logs: logsumexp(logs, axis=0) - np.log(len(logs))),
+        ("product", lambda logs: log_softmax(logs.mean(0), axis=1)),
+    ],
+)
+def test_ensembles_on_the_parent_follow_from_the_exported_logits(finished, combination, combine):
+    metrics = MlflowClient().get_run(finished["all"]).data.metrics
+    members = [load_expert_logits(finished[loss]) for loss in LOSSES]
+    targets = members[0].splits["test_balanced"].targets
+    logs = combine(np.stack([converted(m, "test_balanced", np.full(5, 0.2)) for m in members]))
+    expected = balanced_accuracy_score(targets, logs.argmax(1))
+    assert metrics[f"ensemble_{combination}/balanced_accuracy"] == pytest.approx(expected)
+    nll = -logs[np.arange(len(targets)), targets].mean()  # scikit-learn's clips at 2e-16
+    assert metrics[f"ensemble_{combination}/nll"] == pytest.approx(nll, abs=1e-9)
+
+
+def test_main_with_all_losses_ends_with_the_comparison(finished):
+    page = read(finished["all"], "index.html")
+    assert page.count("data:image/png;base64,") == len(FIGURES)
+    assert not re.search(r"<script|<link|src=\"(?!data:)|https?://", page)
+    client = MlflowClient()
+    names = {
+        Path(f.path).stem for f in client.list_artifacts(finished["all"], "comparison/figures")
+    }
+    assert names == FIGURES
+    note = client.get_run(finished["all"]).data.tags["mlflow.note.content"]
+    assert f"/runs/{finished['all']}/artifacts/comparison/index.html" in note
+
+
+def test_without_a_choice_the_newest_of_each_loss_are_compared(experts, capsys):
+    assert main(["compare"]) == 0
+    run = newest_comparison()
+    rows = list(csv.DictReader(io.StringIO(read(run.info.run_id, "table.csv"))))
+    assert {row["run_id"] for row in rows} == {experts[loss] for loss in LOSSES}
+    for row in rows:
+        recorded = MlflowClient().get_run(row["run_id"]).data.metrics
+        for name, value in recorded.items():
+            assert float(row[name]) == value
+    assert read(run.info.run_id, "report.md") in capsys.readouterr().out
+    assert run.info.status == "FINISHED"
+
+
+def test_the_table_holds_the_recorded_figures_and_marks_the_best(experts):
+    assert main(["compare", "--run_ids", ",".join(experts[loss] for loss in LOSSES)]) == 0
+    text = read(newest_comparison().info.run_id, "report.md")
+    (line,) = re.findall(r"^\| test_balanced: balanced, % \|(.*)\|$", text, flags=re.M)
+    cells = [cell.strip() for cell in line.split("|")]
+    values = [
+        MlflowClient().get_run(experts[loss]).data.metrics["test_balanced/balanced_accuracy"]
+        for loss in LOSSES
+    ]
+    for cell, value in zip(cells, values, strict=True):
+        assert cell.strip("*").startswith(f"{100 * value:.2f} ± ")
+        assert cell.startswith("**") == (f"{value:.4f}" == f"{max(values):.4f}")
+    (line,) = re.findall(r"^\| test_lt: NLL, nats, calibrated \|(.*)\|$", text, flags=re.M)
+    nlls = [float(cell.strip(" *")) for cell in line.split("|")]
+    marked = [float(cell.strip(" *")) for cell in line.split("|") if "**" in cell]
+    assert set(marked) == {min(nlls)}
+
+
+def test_differences_are_listed_and_equal_settings_are_not(experts):
+    assert main(["compare"]) == 0
+    text = read(newest_comparison().info.run_id, "report.md")
+    part = text.split("### What differs")[1].split("###")[0]
+    assert "| expert_seed |" in part
+    assert "| lr |" not in part
+    assert "| loss |" not in part
+
+
+def test_one_expert_alone_has_no_ensemble(experts):
+    assert main(["compare", "--run_ids", experts["ce"]]) == 0
+    run = newest_comparison()
+    assert not [name for name in run.data.metrics if name.startswith("ensemble")]
+    assert "### Ensembles" not in read(run.info.run_id, "report.md")
+
+
+def test_deployment_on_the_long_tailed_split(experts):
+    assert main(["compare", "--deployment", "test_lt"]) == 0
+    run = newest_comparison()
+    members = [load_expert_logits(experts[loss]) for loss in LOSSES]
+    targets = members[0].splits["test_lt"].targets
+    q = np.bincount(targets, minlength=5) / len(targets)
+    logs = np.stack([converted(m, "test_lt", q) for m in members]).mean(0)
+    expected = float((logs.argmax(1) == targets).mean())
+    assert run.data.metrics["ensemble_product/accuracy"] == pytest.approx(expected)
+
+
+def test_filters_by_tag_and_number(experts):
+    assert main(["compare", "--tags", "expert=ce"]) == 0
+    assert "Comparison of 1 experts: ce" in read(newest_comparison().info.run_id, "report.md")
+    assert main(["compare", "--last", "2"]) == 0
+    newest = newest_comparison()
+    assert "Comparison of 2 experts" in read(newest.info.run_id, "report.md")
+
+
+@pytest.fixture
+def altered_splits(experts, tmp_path, monkeypatch):
+    """The run of ce as if it were of other splits."""
+    import sqlite3
+
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute(
+            "update params set value = ? where key = 'splits_sha256' and run_uuid = ?",
+            ("f" * 64, experts["ce"]),
+        )
+    return experts
+
+
+def test_different_splits_are_refused_unless_asked_for(altered_splits, capsys):
+    before = len(all_runs())
+    assert main(["compare"]) == 2
+    message = capsys.readouterr().err
+    assert "different splits" in message
+    assert "ffffffffffff" in message
+    assert "different_splits=true" in message
+    assert len(all_runs()) == before
+    assert main(["compare", "--different_splits", "true"]) == 0
+    run = newest_comparison()
+    assert not [name for name in run.data.metrics if name.startswith("ensemble")]
+    assert "### Different splits" in read(run.info.run_id, "report.md")
+
+
+def all_runs() -> list:
+    experiments = [e.experiment_id for e in MlflowClient().search_experiments()]
+    return MlflowClient().search_runs(experiments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--run_ids", "nonsense"], "run_id=nonsense: not found"),
+        (["--run_ids", "PARENT"], "is no calibrated expert (its stage is all)"),
+        (["--run_ids", "CE,CE"], "is given 2 times"),
+        (["--run_ids", "CE", "--last", "2"], "run_ids together with last"),
+        (["--last", "0"], "last='0': give a number"),
+        (["--tags", "expert"], "tags='expert': give name=value"),
+        (["--tags", "expert=none_such"], "no calibrated expert is in the experiment with these"),
+        (["--deployment", "train"], "deployment='train': give one of uniform, test_lt"),
+        (["--different_splits", "yes"], "different_splits='yes': give true or false"),
+        (["--experiment", "elsewhere"], "experiment=elsewhere: not in the store; there are:"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_line(experts, arguments, says, capsys):
+    before = len(all_runs())
+    named = {"PARENT": experts["all"], "CE": experts["ce"]}
+    arguments = [re.sub("PARENT|CE", lambda m: named[m.group()], a) for a in arguments]
+    assert main(["compare", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert says in line
+    assert len(all_runs()) == before
+
+
+def test_labels_are_distinct_and_no_longer_than_needed():
+    ids = ["a" * 32, "b" * 32, "c" * 32]
+    assert distinct_labels([("ce", "0"), ("logit_adjust", "0")], ids[:2]) == ["ce", "logit_adjust"]
+    assert distinct_labels([("ce", "0"), ("ce", "1")], ids[:2]) == ["ce seed 0", "ce seed 1"]
+    labels = distinct_labels([("ce", "0"), ("ce", "0"), ("ce", "1")], ids)
+    assert labels == ["ce aaaaaa", "ce bbbbbb", "ce seed 1"]
+
+
+def test_names_from_elsewhere_cannot_break_out_of_the_page(experts):
+    client = MlflowClient()
+    client.update_run(experts["ce"], name="<script>alert(1)</script> | **x**")
+    assert main(["compare"]) == 0
+    run = newest_comparison()
+    assert "<script" not in read(run.info.run_id, "index.html")
+    assert "<script>alert(1)</script> / **x**" in read(run.info.run_id, "report.md")
+    assert json.dumps(run.data.metrics)
