@@ -134,3 +134,14 @@ def finished(three_experts, tmp_path, monkeypatch) -> dict[str, str]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
     return three_experts
+
+
+@pytest.fixture
+def experts_copy(finished, tmp_path, monkeypatch) -> dict[str, str]:
+    """The finished experts in a copy of their store, to which runs may be added."""
+    import mlflow
+
+    shutil.copy(Path(finished["folder"]) / "mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.tracking.fluent._active_experiment_id = None
+    return finished

@@ -49,6 +49,7 @@ FULL_RECIPE = {
     "device": "auto",
     "precision": "auto",
     "fast": True,
+    "register_as": None,
 }
 
 
@@ -97,6 +98,7 @@ def configs(draw) -> Config:
             "device": draw(st.sampled_from(["auto", "cpu", "cuda"])),
             "precision": draw(st.sampled_from(["auto", "fp32", "bf16"])),
             "fast": draw(st.booleans()),
+            "register_as": draw(st.sampled_from([None, "experts", "CIFAR-100 LT v1.0"])),
         }
     )
 

@@ -94,6 +94,13 @@ class Config(BaseModel):
         description="compile the training step where the run is long enough to repay it; false: "
         "PyTorch's own operators always",
     )
+    register_as: str | None = Field(
+        None,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$",
+        description="name in the model registry under which the calibrated expert becomes a "
+        "version, and `champion` where it is the best on val_lt; none: not registered",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import shutil
 from pathlib import Path
 
 import mlflow
@@ -20,15 +19,6 @@ from longtail_experts.tracking.comparison import distinct_labels
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
 FIGURES = {"per_class", "head_tail", "reliability", "pairs", "ensemble"}
-
-
-@pytest.fixture
-def experts(finished, tmp_path, monkeypatch) -> dict[str, str]:
-    """The finished experts in a copy of their store, to which runs may be added."""
-    shutil.copy(Path(finished["folder"]) / "mlflow.db", tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.tracking.fluent._active_experiment_id = None
-    return finished
 
 
 def read(run_id: str, path: str) -> str:
@@ -79,11 +69,11 @@ def test_main_with_all_losses_ends_with_the_comparison(finished):
     assert f"/runs/{finished['all']}/artifacts/comparison/index.html" in note
 
 
-def test_without_a_choice_the_newest_of_each_loss_are_compared(experts, capsys):
+def test_without_a_choice_the_newest_of_each_loss_are_compared(experts_copy, capsys):
     assert main(["compare"]) == 0
     run = newest_comparison()
     rows = list(csv.DictReader(io.StringIO(read(run.info.run_id, "table.csv"))))
-    assert {row["run_id"] for row in rows} == {experts[loss] for loss in LOSSES}
+    assert {row["run_id"] for row in rows} == {experts_copy[loss] for loss in LOSSES}
     for row in rows:
         recorded = MlflowClient().get_run(row["run_id"]).data.metrics
         for name, value in recorded.items():
@@ -92,13 +82,13 @@ def test_without_a_choice_the_newest_of_each_loss_are_compared(experts, capsys):
     assert run.info.status == "FINISHED"
 
 
-def test_the_table_holds_the_recorded_figures_and_marks_the_best(experts):
-    assert main(["compare", "--run_ids", ",".join(experts[loss] for loss in LOSSES)]) == 0
+def test_the_table_holds_the_recorded_figures_and_marks_the_best(experts_copy):
+    assert main(["compare", "--run_ids", ",".join(experts_copy[loss] for loss in LOSSES)]) == 0
     text = read(newest_comparison().info.run_id, "report.md")
     (line,) = re.findall(r"^\| test_balanced: balanced, % \|(.*)\|$", text, flags=re.M)
     cells = [cell.strip() for cell in line.split("|")]
     values = [
-        MlflowClient().get_run(experts[loss]).data.metrics["test_balanced/balanced_accuracy"]
+        MlflowClient().get_run(experts_copy[loss]).data.metrics["test_balanced/balanced_accuracy"]
         for loss in LOSSES
     ]
     for cell, value in zip(cells, values, strict=True):
@@ -110,7 +100,7 @@ def test_the_table_holds_the_recorded_figures_and_marks_the_best(experts):
     assert set(marked) == {min(nlls)}
 
 
-def test_differences_are_listed_and_equal_settings_are_not(experts):
+def test_differences_are_listed_and_equal_settings_are_not(experts_copy):
     assert main(["compare"]) == 0
     text = read(newest_comparison().info.run_id, "report.md")
     part = text.split("### What differs")[1].split("###")[0]
@@ -119,17 +109,17 @@ def test_differences_are_listed_and_equal_settings_are_not(experts):
     assert "| loss |" not in part
 
 
-def test_one_expert_alone_has_no_ensemble(experts):
-    assert main(["compare", "--run_ids", experts["ce"]]) == 0
+def test_one_expert_alone_has_no_ensemble(experts_copy):
+    assert main(["compare", "--run_ids", experts_copy["ce"]]) == 0
     run = newest_comparison()
     assert not [name for name in run.data.metrics if name.startswith("ensemble")]
     assert "### Ensembles" not in read(run.info.run_id, "report.md")
 
 
-def test_deployment_on_the_long_tailed_split(experts):
+def test_deployment_on_the_long_tailed_split(experts_copy):
     assert main(["compare", "--deployment", "test_lt"]) == 0
     run = newest_comparison()
-    members = [load_expert_logits(experts[loss]) for loss in LOSSES]
+    members = [load_expert_logits(experts_copy[loss]) for loss in LOSSES]
     targets = members[0].splits["test_lt"].targets
     q = np.bincount(targets, minlength=5) / len(targets)
     logs = np.stack([converted(m, "test_lt", q) for m in members]).mean(0)
@@ -137,7 +127,7 @@ def test_deployment_on_the_long_tailed_split(experts):
     assert run.data.metrics["ensemble_product/accuracy"] == pytest.approx(expected)
 
 
-def test_filters_by_tag_and_number(experts):
+def test_filters_by_tag_and_number(experts_copy):
     assert main(["compare", "--tags", "expert=ce"]) == 0
     assert "Comparison of 1 experts: ce" in read(newest_comparison().info.run_id, "report.md")
     assert main(["compare", "--last", "2"]) == 0
@@ -146,16 +136,16 @@ def test_filters_by_tag_and_number(experts):
 
 
 @pytest.fixture
-def altered_splits(experts, tmp_path, monkeypatch):
+def altered_splits(experts_copy, tmp_path, monkeypatch):
     """The run of ce as if it were of other splits."""
     import sqlite3
 
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         database.execute(
             "update params set value = ? where key = 'splits_sha256' and run_uuid = ?",
-            ("f" * 64, experts["ce"]),
+            ("f" * 64, experts_copy["ce"]),
         )
-    return experts
+    return experts_copy
 
 
 def test_different_splits_are_refused_unless_asked_for(altered_splits, capsys):
@@ -192,9 +182,9 @@ def all_runs() -> list:
         (["--experiment", "elsewhere"], "experiment=elsewhere: not in the store; there are:"),
     ],
 )
-def test_what_cannot_be_compared_is_said_in_one_line(experts, arguments, says, capsys):
+def test_what_cannot_be_compared_is_said_in_one_line(experts_copy, arguments, says, capsys):
     before = len(all_runs())
-    named = {"PARENT": experts["all"], "CE": experts["ce"]}
+    named = {"PARENT": experts_copy["all"], "CE": experts_copy["ce"]}
     arguments = [re.sub("PARENT|CE", lambda m: named[m.group()], a) for a in arguments]
     assert main(["compare", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -210,9 +200,9 @@ def test_labels_are_distinct_and_no_longer_than_needed():
     assert labels == ["ce aaaaaa", "ce bbbbbb", "ce seed 1"]
 
 
-def test_names_from_elsewhere_cannot_break_out_of_the_page(experts):
+def test_names_from_elsewhere_cannot_break_out_of_the_page(experts_copy):
     client = MlflowClient()
-    client.update_run(experts["ce"], name="<script>alert(1)</script> | **x**")
+    client.update_run(experts_copy["ce"], name="<script>alert(1)</script> | **x**")
     assert main(["compare"]) == 0
     run = newest_comparison()
     assert "<script" not in read(run.info.run_id, "index.html")

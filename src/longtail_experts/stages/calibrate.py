@@ -27,6 +27,7 @@ from longtail_experts.tracking import experts
 from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
 from longtail_experts.tracking.logits import SplitLogits, is_calibrated, write_logits
 from longtail_experts.tracking.model import log_expert_model
+from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError, open_run
 
 
@@ -113,6 +114,8 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
         step=step,
     )
     experts.record_report(run_, data, logits)
+    if config.register_as:
+        register(run_, config.register_as)
 
 
 def load_network(weights: dict[str, Tensor], config: Config, data: Dataset) -> nn.Module:

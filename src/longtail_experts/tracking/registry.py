@@ -1,0 +1,128 @@
+"""The calibrated expert in the model registry; the alias `champion` on the best of its name."""
+
+import logging
+import math
+from typing import NamedTuple
+
+import mlflow
+import numpy as np
+from mlflow.exceptions import MlflowException
+
+from longtail_experts.data.sources import first_line
+from longtail_experts.tracking.logits import SplitLogits, read_logits
+from longtail_experts.tracking.runs import Run, RunError, open_run
+
+log = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+JUDGED_BY = "best/val_balanced_accuracy"  # never a figure of the test images
+
+
+class Difference(NamedTuple):
+    """Of two balanced accuracies on the same images, in [-1, 1]."""
+
+    value: float
+    standard_error: float
+
+
+def register(run: Run, name: str) -> None:
+    """A new version of the registered model `name`, made of the run's expert; champion where it
+    is the first, or better on val_lt than the champion on the same splits.
+
+    A run that is registered under that name already is left alone. Where the store cannot
+    register it, a warning says how to do so later: a finished expert does not fail for that.
+    """
+    try:
+        outcome = _register(run, name)
+    except (MlflowException, RunError) as error:
+        log.warning(
+            'register_as=%s: not registered (%s); later: python -c "import mlflow; '
+            "mlflow.register_model('models:/%s', '%s')\"",
+            name,
+            first_line(error)[:200],
+            model_id_of(run),
+            name,
+        )
+        return
+    if outcome:
+        print(f"registered as {name}: {outcome}")
+
+
+def _register(run: Run, name: str) -> str | None:
+    """What came of it, in words; nothing where the run was registered before."""
+    client = run.client
+    if not client.search_registered_models(f"name = '{name}'", max_results=1):
+        client.create_registered_model(name)
+    if client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
+        return None
+    model = f"models:/{model_id_of(run)}"
+    version = mlflow.register_model(model, name, await_registration_for=0).version
+    outcome, difference = challenge(run, name)
+    if outcome.is_champion:
+        client.set_registered_model_alias(name, CHAMPION, version)
+    if difference is not None:
+        names = ("champion/difference", "champion/difference_standard_error")
+        run.log_metrics(dict(zip(names, difference, strict=True)), int(run.metrics["best/step"]))
+    is_champion = str(outcome.is_champion).lower()
+    run.set_tags({"registered_as": f"{name}/{version}", "champion_when_registered": is_champion})
+    return f"version {version}, {outcome.words}"
+
+
+class Outcome(NamedTuple):
+    is_champion: bool
+    words: str
+
+
+def challenge(run: Run, name: str) -> tuple[Outcome, Difference | None]:
+    """Whether the run's expert is to be champion, in words, and by how much it differs."""
+    try:
+        reigning = run.plain_client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException:
+        return Outcome(True, f"its first {CHAMPION}"), None
+    try:
+        champion = open_run(reigning.run_id)
+        same_splits = champion.params.get("splits_sha256") == run.params.get("splits_sha256")
+        theirs = champion.metrics[JUDGED_BY]
+        of_champion = read_logits(champion).splits["val_lt"] if same_splits else None
+    except (RunError, KeyError) as error:
+        words = f"version {reigning.version} stays {CHAMPION}, its run cannot be read ({error})"
+        return Outcome(False, words), None
+    if of_champion is None:
+        return Outcome(
+            False,
+            f"version {reigning.version} stays {CHAMPION}: it was selected on other splits, so "
+            "that the two cannot be compared",
+        ), None
+    ours = run.metrics[JUDGED_BY]
+    difference = paired_difference(read_logits(run).splits["val_lt"], of_champion)
+    by = (
+        f"{100 * ours:.2f} % balanced on val_lt against {100 * theirs:.2f} % of version "
+        f"{reigning.version} (difference {100 * difference.value:+.2f} ± "
+        f"{100 * difference.standard_error:.2f} points)"
+    )
+    if ours > theirs:
+        return Outcome(True, f"{CHAMPION} with {by}"), difference
+    return Outcome(False, f"version {reigning.version} stays {CHAMPION}, {by}"), difference
+
+
+def paired_difference(ours: SplitLogits, theirs: SplitLogits) -> Difference:
+    """Balanced accuracy of argmax f, ours - theirs on the same images, and its standard error.
+
+    With d_i = [ours right] - [theirs right] and n_c images of class c out of C present:
+    sum_c (sum_i d_i / n_c) / C, with standard error sqrt(sum_i (d_i / n_c)^2) / C. Squares about
+    zero, not about the class mean, so that a class of one image has an error too; never below
+    the error about the mean.
+    """
+    targets = ours.targets
+    d = (ours.logits.argmax(1) == targets).astype(float) - (theirs.logits.argmax(1) == targets)
+    counts = np.bincount(targets, minlength=ours.logits.shape[1])
+    weighted = d / counts[targets] / np.count_nonzero(counts)
+    return Difference(float(weighted.sum()), math.sqrt(float((weighted**2).sum())))
+
+
+def model_id_of(run: Run) -> str:
+    """Of the model that the run logged last."""
+    logged = run.client.get_run(run.run_id).outputs.model_outputs
+    if not logged:
+        raise RunError(f"run {run.run_id}: holds no logged model to register")
+    return logged[-1].model_id

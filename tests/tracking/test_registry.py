@@ -1,0 +1,117 @@
+"""Registered versions, and when the alias `champion` moves."""
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from sklearn.metrics import balanced_accuracy_score
+
+from longtail_experts.cli import main
+from longtail_experts.tracking.logits import SplitLogits, load_expert_logits
+from longtail_experts.tracking.registry import paired_difference, register
+from longtail_experts.tracking.runs import Run
+
+JUDGED_BY = "best/val_balanced_accuracy"
+
+
+def split_logits(predictions, targets, num_classes: int) -> SplitLogits:
+    logits = np.eye(num_classes, dtype=np.float32)[predictions]
+    return SplitLogits(logits, np.asarray(targets), np.arange(len(targets)))
+
+
+def test_the_difference_is_that_of_balanced_accuracies_and_its_error_covers_it():
+    draw = np.random.RandomState(1)
+    targets = np.repeat(np.arange(6), [40, 20, 10, 5, 2, 1])
+    found = []
+    for _ in range(300):
+        ours, theirs = (
+            np.where(draw.rand(len(targets)) < p, targets, (targets + 1) % 6) for p in (0.6, 0.5)
+        )
+        difference = paired_difference(*(split_logits(p, targets, 6) for p in (ours, theirs)))
+        expected = balanced_accuracy_score(targets, ours) - balanced_accuracy_score(targets, theirs)
+        assert difference.value == pytest.approx(expected)
+        found.append(difference)
+    spread = np.std([difference.value for difference in found])
+    mean_error = np.sqrt(np.mean([difference.standard_error**2 for difference in found]))
+    assert spread <= mean_error * 1.05  # squares about zero: at most too wide
+    assert mean_error <= spread * 1.2
+
+
+def test_an_expert_does_not_differ_from_itself():
+    same = split_logits([0, 1, 1], [0, 1, 0], 2)
+    assert paired_difference(same, same) == (0, 0)
+
+
+@pytest.fixture
+def champion_of(experts_copy):
+    client = MlflowClient()
+
+    def version(name: str) -> str:
+        return client.get_model_version_by_alias(name, "champion").run_id
+
+    return version
+
+
+def test_the_alias_goes_to_the_best_on_val_lt_and_stays_there(experts_copy, champion_of, capsys):
+    client, losses = MlflowClient(), ("ce", "logit_adjust", "balanced_softmax")
+    runs = {loss: Run(experts_copy[loss]) for loss in losses}
+    best = -1.0
+    for number, loss in enumerate(losses, start=1):
+        register(runs[loss], "experts")
+        said = capsys.readouterr().out
+        value = runs[loss].metrics[JUDGED_BY]
+        assert f"version {number}, " in said
+        assert (runs[loss].tags["champion_when_registered"] == "true") == (value > best)
+        if number > 1:
+            logged = runs[loss].metrics["champion/difference"]
+            assert logged == pytest.approx(value - best)
+            assert "points)" in said
+        best = max(best, value)
+        assert Run(champion_of("experts")).metrics[JUDGED_BY] == best
+    register(runs["ce"], "experts")
+    assert capsys.readouterr().out == ""
+    assert len(client.search_model_versions("name = 'experts'")) == 3
+
+
+def test_an_expert_of_other_splits_does_not_take_the_alias(experts_copy, champion_of, capsys):
+    client = MlflowClient()
+    ours, other = Run(experts_copy["ce"]), Run(experts_copy["logit_adjust"])
+    register(ours, "experts")
+    copy = client.create_run(other.experiment_id)
+    client.log_param(copy.info.run_id, "splits_sha256", "f" * 64)
+    client.log_metric(copy.info.run_id, JUDGED_BY, 1.0)
+    client.create_model_version(
+        "experts", client.search_model_versions("name = 'experts'")[0].source, copy.info.run_id
+    )
+    client.set_registered_model_alias("experts", "champion", "2")
+    register(other, "experts")
+    assert "other splits" in capsys.readouterr().out
+    assert champion_of("experts") == copy.info.run_id
+    assert "champion/difference" not in other.metrics
+
+
+def test_a_store_that_cannot_register_does_not_fail_the_expert(experts_copy, monkeypatch, caplog):
+    from mlflow.exceptions import MlflowException
+
+    def refuse(*arguments, **more):
+        raise MlflowException("no registry here")
+
+    monkeypatch.setattr("mlflow.register_model", refuse)
+    register(Run(experts_copy["ce"]), "experts")
+    assert "no registry here" in caplog.text
+    assert "mlflow.register_model('models:/m-" in caplog.text
+
+
+def test_main_registers_what_it_was_asked_to(store, tiny_arguments):
+    arguments = [*tiny_arguments, "--epochs=1", "--milestones=none", "--register_as=my experts"]
+    assert main(["main", "--loss", "ce", *arguments]) == 0
+    client = MlflowClient()
+    (version,) = client.search_model_versions("name = 'my experts'")
+    assert version.run_id == client.get_model_version_by_alias("my experts", "champion").run_id
+    expert = load_expert_logits(version.run_id)
+    import mlflow
+
+    model = mlflow.pytorch.load_model("models:/my experts@champion")
+    with torch.no_grad():
+        assert model(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 5)
+    assert len(expert.class_names) == 5
