@@ -41,6 +41,12 @@ if real:
         and sum(name.endswith("_logits.pt") for name in files) == 18
         and sum(name.endswith(".pth") for name in files) == 6
     )
+parents = [run for run in runs if run.data.tags.get("stage") == "all"]
+for run in parents:
+    page = client.download_artifacts(run.info.run_id, "comparison/index.html")
+    checks["the parent's comparison has its five figures"] = (
+        Path(page).read_text().count("data:image/png") == 5
+    )
 for what, passed in checks.items():
     print(f"{'ok' if passed else 'FAILED':6} {what}")
 failed = sum(not passed for passed in checks.values())

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ["LONGTAIL_OFFLINE"] = "1"
+os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"  # other figures are looked at here
 
 CLASS_COUNTS = {"ant": 60, "bee": 40, "cat": 28, "dog": 16, "eel": 6}
 TINY_EXPERT = {
@@ -32,7 +34,7 @@ def pytest_collection_modifyitems(items):
         "real": None if os.environ.get("LONGTAIL_DATA_DIR") else "LONGTAIL_DATA_DIR is not set",
         "gpu": None if _has_gpu() else "no CUDA device",
         "slow": None if os.environ.get("LONGTAIL_SLOW") == "1" else "LONGTAIL_SLOW is not 1",
-        "browser": None if shutil.which("chromium") else "no chromium on PATH",
+        "browser": _missing_browser(),
     }
     for item in items:
         for marker, reason in missing.items():
@@ -44,6 +46,12 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _missing_browser() -> str | None:
+    if not shutil.which("chromium"):
+        return "no chromium on PATH"
+    return None if find_spec("playwright") else "playwright is not installed"
 
 
 @pytest.fixture(scope="session")

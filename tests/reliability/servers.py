@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,38 +27,53 @@ def answers(url: str) -> bool:
         return False
 
 
-class TrackingServer:
-    """`mlflow server --serve-artifacts`, as docs/server.md has it; can be stopped and started."""
+class Server:
+    """A command of MLflow that answers on a port of this machine; can be stopped and started."""
 
-    def __init__(self, folder: Path, database: str):
+    def __init__(self, folder: Path, name: str, *arguments: str, **environment: str):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = folder / "server.log"
+        self.log = folder / f"{name.replace(' ', '-')}.log"
         self.command = [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-            *("--port", str(self.port), "--workers", "1"),
-            *("--backend-store-uri", database, "--serve-artifacts"),
-            *("--artifacts-destination", str(folder / "artifacts")),
+            *(sys.executable, "-m", "mlflow", *name.split(), *arguments),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
         ]
+        self.environment = environment
         self.start()
 
     def start(self) -> None:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env=clean, start_new_session=True
+                self.command,
+                stdout=log,
+                stderr=log,
+                env={**clean, **self.environment},
+                start_new_session=True,
             )
         wait_until(lambda: answers(self.url) or self.process.poll() is not None, 120)
         assert self.process.poll() is None, self.log.read_text()[-2000:]
 
     def stop(self) -> None:
-        self.process.terminate()
+        os.killpg(self.process.pid, signal.SIGTERM)  # whom it started, too
         try:
             self.process.wait(3)  # it waits for its clients, of which one may be halted
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, 9)
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(30)
         wait_until(lambda: not answers(self.url), 30, "the server is still there")
+
+
+class TrackingServer(Server):
+    """`mlflow server --serve-artifacts`, as docs/server.md has it."""
+
+    def __init__(self, folder: Path, database: str):
+        super().__init__(
+            folder,
+            "server",
+            *("--backend-store-uri", database, "--serve-artifacts"),
+            *("--artifacts-destination", str(folder / "artifacts")),
+        )
 
 
 class PostgreSQL:

@@ -61,7 +61,7 @@ def start_expert_run(
     if existing is not None:
         tags = tags_of_resumed(existing, config)
     name = run_name(config, config.loss)
-    return start_run(name, {**tags, **process_tags()}, parent, existing)
+    return start_run(name, {**tags, **process_tags()}, parent, existing, system_metrics=True)
 
 
 def tags_of_resumed(run: Run, config: Config) -> dict[str, str]:

@@ -40,6 +40,8 @@ for _noisy in ("mlflow", "alembic"):
 
 log = logging.getLogger(__name__)
 
+SYSTEM_METRICS = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"
+SAMPLING_INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 KILLED_PATIENCE = 3.0  # seconds that a run told to stop waits for its store
 MAX_TEXT = 100_000_000  # bytes of a JSON, YAML or Markdown artifact that is read back
 RACES = 20  # of two runs that record the same data set at once; one a data set is lost at most
@@ -231,14 +233,22 @@ def open_run(run_id: str) -> Run:
 
 @contextmanager
 def start_run(
-    name: str, tags: Mapping[str, str], parent: Run | None = None, existing: Run | None = None
+    name: str,
+    tags: Mapping[str, str],
+    parent: Run | None = None,
+    existing: Run | None = None,
+    system_metrics: bool = False,
 ) -> Iterator[Run]:
     """The run of this process, a child of `parent`, or `existing` once more; ends FINISHED,
     FAILED or KILLED.
 
     Under `mlflow run` the launcher has created it already; else a new one is created. A name
-    that the user gave to the launcher is kept. Raises StoreError before any work is done.
+    that the user gave to the launcher is kept. `system_metrics`: processor, memory, disk, network
+    and GPU every half a minute, unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false. Raises
+    StoreError before any work is done.
     """
+    if system_metrics and SAMPLING_INTERVAL not in os.environ:
+        mlflow.set_system_metrics_sampling_interval(30)
     uri = mlflow.get_tracking_uri()
     nested = parent is not None or mlflow.active_run() is not None
     with _store_at_fault(f"no run can be started in {uri}"), _first_contact(uri):
@@ -246,6 +256,7 @@ def start_run(
             run_id=existing and existing.run_id,
             nested=nested,
             parent_run_id=parent and parent.run_id,
+            log_system_metrics=system_metrics and os.environ.get(SYSTEM_METRICS) != "false",
         )
     run, status = Run(active.info.run_id), "FAILED"
     try:

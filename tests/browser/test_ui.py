@@ -1,0 +1,158 @@
+"""What a person sees: `mlflow ui` in a browser on the finished experts, and the comparison page.
+
+Screenshots are kept in LONGTAIL_SCREENSHOTS where that is set, else in pytest's own folder.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import quote
+
+import mlflow
+import pytest
+from reliability.servers import Server
+
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.browser
+LOSSES = ("ce", "logit_adjust", "balanced_softmax")
+PATIENCE = 60_000  # milliseconds: a page that is being built on a busy machine
+
+
+@pytest.fixture(scope="module")
+def ui(three_experts, tmp_path_factory):
+    """`mlflow ui` on the store of the three experts."""
+    database = Path(three_experts["folder"]) / "mlflow.db"
+    folder = tmp_path_factory.mktemp("ui")
+    server = Server(folder, "ui", "--backend-store-uri", f"sqlite:///{database}")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, tmp_path, request):
+    """A window; a picture of what it showed at the end is kept."""
+    window = browser.new_page(viewport={"width": 1500, "height": 1200})
+    window.set_default_timeout(PATIENCE)
+    yield window
+    folder = Path(os.environ.get("LONGTAIL_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    window.screenshot(path=folder / f"{request.node.name}.png")
+    window.close()
+
+
+@pytest.fixture
+def experiment(finished) -> str:
+    return mlflow.MlflowClient().get_run(finished["all"]).info.experiment_id
+
+
+@pytest.fixture
+def open_run_page(ui, page, experiment, finished):
+    def go(which: str, part: str = "") -> None:
+        page.goto(f"{ui.url}/#/experiments/{experiment}/runs/{finished[which]}{part}")
+
+    return go
+
+
+def see(page, text: str):
+    """Wait until `text` can be seen."""
+    found = page.get_by_text(text).first
+    found.wait_for(state="visible")
+    return found
+
+
+def is_drawn(image) -> bool:
+    return image.evaluate("i => i.complete && i.naturalWidth > 300")
+
+
+def test_the_runs_table_has_the_parent_and_its_experts(ui, page, experiment):
+    page.goto(f"{ui.url}/#/experiments/{experiment}/runs")
+    see(page, "all experts images seed 0")
+    search = page.get_by_placeholder(re.compile("metrics.rmse"))
+    search.fill("tags.expert != ''")
+    search.press("Enter")
+    for loss in LOSSES:
+        see(page, f"{loss} images seed 0")
+
+
+def test_an_experts_page_opens_with_its_result(open_run_page, page, finished):
+    open_run_page("logit_adjust")
+    metrics = mlflow.MlflowClient().get_run(finished["logit_adjust"]).data.metrics
+    balanced = metrics["test_balanced/balanced_accuracy"]
+    see(page, f"logit_adjust: test_balanced balanced accuracy {100 * balanced:.2f} %")
+    see(page, "Datasets")
+    page.get_by_text("Show more").first.click()
+    see(page, "Success checklist")
+    see(page, "to repeat:")
+
+
+def test_its_metrics_are_drawn(open_run_page, page):
+    open_run_page("logit_adjust", "/model-metrics")
+    see(page, "val_balanced_accuracy")
+    page.locator("svg.main-svg").first.wait_for(state="visible")
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_curves", "lr_schedule", "per_class_accuracy", "reliability"]
+)
+def test_its_figures_are_drawn(open_run_page, page, name):
+    open_run_page("ce", f"/artifacts/figures/{name}.png")
+    see(page, f"figures/{name}.png")
+    image = page.locator("img[src^=blob], img[src*=artifact]").first
+    image.wait_for(state="visible")
+    page.wait_for_function("i => i.complete && i.naturalWidth > 300", arg=image.element_handle())
+
+
+def test_its_report_is_rendered(open_run_page, page):
+    open_run_page("ce", "/artifacts/report.md")
+    page.get_by_role("heading", name="Success checklist").wait_for(state="visible")
+    page.get_by_role("cell", name="test_balanced NLL, nats").wait_for(state="visible")
+
+
+def test_three_experts_in_mlflows_own_comparison(ui, page, experiment, finished):
+    ids = quote(json.dumps([finished[loss] for loss in LOSSES]))
+    page.goto(f"{ui.url}/#/compare-runs?runs={ids}&experiments={quote(json.dumps([experiment]))}")
+    see(page, "Comparing 3 Runs from 1 Experiment")
+    for loss in LOSSES:
+        see(page, f"{loss} images seed 0")
+
+
+def test_the_parents_page_leads_to_the_comparison(ui, open_run_page, page):
+    open_run_page("all")
+    link = page.get_by_role("link", name="The experts compared, and their ensembles, with figures")
+    page.goto(f"{ui.url}/{link.get_attribute('href')}")
+    frame = page.frame_locator("iframe")
+    frame.get_by_role("heading", name="Comparison of 3 experts").wait_for(state="visible")
+
+
+def test_the_comparison_page_opens_without_a_network(browser, finished, tmp_path):
+    file = mlflow.artifacts.download_artifacts(
+        run_id=finished["all"], artifact_path="comparison/index.html", dst_path=str(tmp_path)
+    )
+    context = browser.new_context(offline=True, viewport={"width": 1200, "height": 1000})
+    window = context.new_page()
+    asked = []
+    window.on("request", lambda request: asked.append(request.url))
+    window.goto(Path(file).as_uri())
+    images = window.locator("img").all()
+    assert len(images) == 5
+    assert all(is_drawn(image) for image in images)
+    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
+    for heading in ("Experts", "Ensembles under the uniform prior", "What differs", "Runs"):
+        assert window.locator("h2", has_text=heading).count() >= 1, heading
+    assert window.locator("td.best").count() > 5
+    folder = Path(os.environ.get("LONGTAIL_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    window.screenshot(path=folder / "comparison.png", full_page=True)
+    context.close()
