@@ -49,6 +49,7 @@ FULL_RECIPE = {
     "device": "auto",
     "precision": "auto",
     "fast": True,
+    "preflight": True,
 }
 
 
@@ -97,6 +98,7 @@ def configs(draw) -> Config:
             "device": draw(st.sampled_from(["auto", "cpu", "cuda"])),
             "precision": draw(st.sampled_from(["auto", "fp32", "bf16"])),
             "fast": draw(st.booleans()),
+            "preflight": draw(st.booleans()),
         }
     )
 

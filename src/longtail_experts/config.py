@@ -94,6 +94,11 @@ class Config(BaseModel):
         description="compile the training step where the run is long enough to repay it; false: "
         "PyTorch's own operators always",
     )
+    preflight: bool = Field(
+        True,
+        description="check recipe, data and disk before main starts, and stop where they are not "
+        "ready; false: start at once",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -61,7 +61,7 @@ BAD_FIELDS = [
     *((name, value) for name in WORDS for value in NOT_A_WORD),
     *(("data_dir", value) for value in ("", "a\0b", "\udcff")),
     *(("milestones", v) for v in ("3,2", "0", "-1,4", "a,b", "1,,2", "1.5", LONG, SHELL, "nan")),
-    *(("fast", value) for value in ("maybe", "2", LONG, SHELL)),
+    *((name, value) for name in ("fast", "preflight") for value in ("maybe", "2", LONG, SHELL)),
 ]
 
 
