@@ -121,5 +121,5 @@ def test_milestones_past_the_end_are_a_warning(empty_folder, monkeypatch, caplog
         raise cli.ConfigError("far enough")
 
     monkeypatch.setattr(inputs, "resolve", stop)
-    assert main([*FULL, "--epochs", "100"]) == 2
+    assert main(["train", *FULL[1:], "--epochs", "100"]) == 2
     assert "milestones=[192, 224] lie at or past epochs=100" in caplog.text

@@ -50,6 +50,7 @@ FULL_RECIPE = {
     "precision": "auto",
     "fast": True,
     "register_as": None,
+    "preflight": True,
 }
 
 
@@ -99,6 +100,7 @@ def configs(draw) -> Config:
             "precision": draw(st.sampled_from(["auto", "fp32", "bf16"])),
             "fast": draw(st.booleans()),
             "register_as": draw(st.sampled_from([None, "experts", "CIFAR-100 LT v1.0"])),
+            "preflight": draw(st.booleans()),
         }
     )
 

@@ -1,6 +1,7 @@
 """Arguments -> Config -> stage; exit codes; error messages.
 
-Exit codes: 0 done; 1 a run failed; 2 bad input, nothing done; 130 and 143 on Ctrl-C and SIGTERM.
+Exit codes: 0 done; 1 a run failed, or is not ready to start; 2 bad input, nothing done; 130 and
+143 on Ctrl-C and SIGTERM.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from longtail_experts.stages.interrupts import Terminated, raise_terminated
 
 ENTRY_POINTS = {
     "main": "train, calibrate and record one expert in one run (loss=all: three, as child runs)",
+    "preflight": "the readiness report before hours are spent: knobs, data, memory, disk, time",
     "data": "build and verify the splits; log them with their manifest and figures",
     "train": "train one expert; calibrate does the rest, on any later day",
     "calibrate": "temperature, test figures, logits and model, into the training run run_id",
@@ -216,7 +218,8 @@ def _dispatch(arguments: list[str]) -> int:
 def _on_config(entry_point: str, config: Config) -> int:
     if entry_point == "train" and config.loss == "all":
         raise ConfigError("loss=all: train takes one loss; main trains all three")
-    warn_about(config)
+    if entry_point != "preflight" and not (entry_point == "main" and config.preflight):
+        warn_about(config)  # what preflight says, and more
     from longtail_experts.data.sources import DataError
     from longtail_experts.stages.inputs import load_dataset, resolve
 
@@ -228,9 +231,15 @@ def _on_config(entry_point: str, config: Config) -> int:
     # The store is opened only now, when config and images are known to be good.
     from longtail_experts.stages import data as data_stage
     from longtail_experts.stages import main as main_stage
+    from longtail_experts.stages import preflight as preflight_stage
     from longtail_experts.stages import train as train_stage
 
-    stage = {"main": main_stage.run, "data": data_stage.run, "train": train_stage.run}[entry_point]
+    stage = {
+        "main": main_stage.run,
+        "preflight": preflight_stage.run,
+        "data": data_stage.run,
+        "train": train_stage.run,
+    }[entry_point]
     return _finish(lambda: stage(config, data))
 
 

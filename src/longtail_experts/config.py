@@ -101,6 +101,11 @@ class Config(BaseModel):
         description="name in the model registry under which the calibrated expert becomes a "
         "version, and `champion` where it is the best on val_lt; none: not registered",
     )
+    preflight: bool = Field(
+        True,
+        description="check recipe, data and disk before main starts, and stop where they are not "
+        "ready; false: start at once",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtail_experts.learning.schedule import lr_at, steps_worth_logging
+from longtail_experts.learning.schedule import lr_at, lr_by_epoch, steps_worth_logging
 
 STEPS, EPOCHS, MILESTONES = 68, 256, (96, 192, 224)
 WARMUPS = (0, 1, 15, 68, 136)
@@ -119,3 +119,15 @@ def test_logged_steps_of_the_recipe(warmup):
 
 def test_a_warmup_longer_than_the_training_logs_no_step_past_its_end():
     assert steps_worth_logging(warmup_steps=100, steps_per_epoch=3, epochs=2) == list(range(6))
+
+
+def test_epochs_of_one_rate_share_a_row():
+    def rows(warmup: int) -> list:
+        return lr_by_epoch(lambda step: recipe_lr(step, warmup), EPOCHS, STEPS)
+
+    levels = [(96, 191, 0.04), (192, 223, 0.004), (224, 255, 0.0004)]
+    assert rows(68)[0] == (0, 0, pytest.approx(0.4 / 68), pytest.approx(0.4))
+    assert [row[:2] for row in rows(0)] == [(0, 95), *(level[:2] for level in levels)]
+    for row, (first, last, rate) in zip(rows(68)[2:], levels, strict=True):
+        assert row == (first, last, pytest.approx(rate), pytest.approx(rate))
+    assert [row[:2] for row in rows(136)][:3] == [(0, 0), (1, 1), (2, 95)]

@@ -1,6 +1,7 @@
 """The learning rate, a pure function of the optimiser step. Steps and epochs count from 0."""
 
 from bisect import bisect_right
+from collections.abc import Callable
 
 
 def lr_at(
@@ -27,3 +28,18 @@ def steps_worth_logging(*, warmup_steps: int, steps_per_epoch: int, epochs: int)
     total = steps_per_epoch * epochs
     warm = range(min(warmup_steps, total))
     return sorted({*warm, *range(0, total, steps_per_epoch)})
+
+
+def lr_by_epoch(
+    lr_of: Callable[[int], float], epochs: int, steps_per_epoch: int
+) -> list[tuple[int, int, float, float]]:
+    """(first epoch, last epoch, rate at its first step, rate at its last step), where epochs of
+    one and the same rate share a row."""
+    rows: list[tuple[int, int, float, float]] = []
+    for epoch in range(epochs):
+        start, end = lr_of(epoch * steps_per_epoch), lr_of((epoch + 1) * steps_per_epoch - 1)
+        if rows and start == end and rows[-1][2:] == (start, end):
+            rows[-1] = (rows[-1][0], epoch, start, end)
+        else:
+            rows.append((epoch, epoch, start, end))
+    return rows

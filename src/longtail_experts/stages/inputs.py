@@ -1,7 +1,9 @@
 """What every stage starts from: a config resolved for this machine, and its data set."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 
@@ -10,11 +12,14 @@ from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import DataError, load_images
 from longtail_experts.data.splits import make_splits
+from longtail_experts.learning.losses import LOSSES
+from longtail_experts.learning.schedule import lr_at
 from longtail_experts.learning.step import has_bf16_instructions
 from longtail_experts.tracking.runs import RunError
 
-# What may differ between the parts of one training: where the images lie and what computes.
-MAY_CHANGE_ON_RESUME = ("data_dir", "device")
+# What may differ between the parts of one training: where the images lie, what computes, what is
+# checked before it and where it is registered after it.
+MAY_CHANGE_ON_RESUME = ("data_dir", "device", "preflight", "register_as")
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -60,6 +65,27 @@ def for_one_expert(config: Config, loss: str) -> Config:
     seed = config.expert_seed
     seed = derive_seed(config.seed, loss) if seed is None else seed
     return config.replace(loss=loss, expert_seed=seed)
+
+
+def steps_an_epoch(config: Config, data: Dataset) -> int:
+    return math.ceil(data.size("train") / config.batch_size)
+
+
+def schedule_of(config: Config, steps_per_epoch: int) -> partial:
+    """step -> learning rate."""
+    return partial(
+        lr_at,
+        lr=config.lr,
+        lr_decay=config.lr_decay,
+        milestones=config.milestones,
+        warmup_steps=config.warmup_steps,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def train_shift(config: Config, data: Dataset) -> torch.Tensor:
+    """float32 [C], what the loss adds to the logits in training."""
+    return LOSSES[config.loss].train_shift(data.class_counts("train"), config.tau).float()
 
 
 def require_same_fields(

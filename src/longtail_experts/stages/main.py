@@ -11,6 +11,7 @@ from longtail_experts.data.sources import first_line
 from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages import compare
 from longtail_experts.stages.calibrate import calibrate_expert, load_trained
+from longtail_experts.stages.checks import require_ready
 from longtail_experts.stages.inputs import for_one_expert
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
@@ -26,7 +27,12 @@ class ExpertsFailedError(RuntimeError):
 
 
 def run(config: Config, data: Dataset) -> str:
-    """One expert, or all three; returns the run id (of the parent for loss=all)."""
+    """One expert, or all three; returns the run id (of the parent for loss=all).
+
+    Raises NotReadyError, before any run is started, where `preflight` has something blocking.
+    """
+    if config.preflight:
+        require_ready(config, data)
     if config.loss == "all":
         return run_all(config, data)
     return run_one(config, data, config.loss)

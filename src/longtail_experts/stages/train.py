@@ -2,9 +2,7 @@
 
 import copy
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -27,19 +25,25 @@ from longtail_experts.data.batches import (
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
 from longtail_experts.data.splits import SPLITS
-from longtail_experts.learning.losses import LOSSES, shifted_cross_entropy
+from longtail_experts.learning.cost import time_steps
+from longtail_experts.learning.losses import shifted_cross_entropy
 from longtail_experts.learning.metrics import accuracies
 from longtail_experts.learning.resnet import build_resnet32, num_parameters
-from longtail_experts.learning.schedule import lr_at, steps_worth_logging
+from longtail_experts.learning.schedule import steps_worth_logging
 from longtail_experts.learning.step import (
     NonFiniteLossError,
     TrainState,
     predict_logits,
     start_training,
     train_epoch,
-    train_step,
 )
-from longtail_experts.stages.inputs import for_one_expert, require_same_fields
+from longtail_experts.stages.inputs import (
+    for_one_expert,
+    require_same_fields,
+    schedule_of,
+    steps_an_epoch,
+    train_shift,
+)
 from longtail_experts.stages.interrupts import delayed_signals, raise_for
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.checkpoints import restore_rng, rng_states, weights_of
@@ -245,27 +249,6 @@ def progress_bar(config: Config, steps_per_epoch: int, done: int) -> tqdm:
     )
 
 
-def steps_an_epoch(config: Config, data: Dataset) -> int:
-    return math.ceil(data.size("train") / config.batch_size)
-
-
-def schedule_of(config: Config, steps_per_epoch: int) -> partial:
-    """step -> learning rate."""
-    return partial(
-        lr_at,
-        lr=config.lr,
-        lr_decay=config.lr_decay,
-        milestones=config.milestones,
-        warmup_steps=config.warmup_steps,
-        steps_per_epoch=steps_per_epoch,
-    )
-
-
-def train_shift(config: Config, data: Dataset) -> torch.Tensor:
-    """float32 [C], what the loss adds to the logits in training."""
-    return LOSSES[config.loss].train_shift(data.class_counts("train"), config.tau).float()
-
-
 def last_milestone(config: Config) -> int:
     return max((m for m in config.milestones if m < config.epochs), default=0)
 
@@ -370,13 +353,8 @@ def announce_cost(
     trial = copy.deepcopy(state)
     draws = draw_epoch(num_images, 0, 0, config.device)
     batches = augmented_batches(padded, targets, draws, config.batch_size)
-    seconds = []
-    for images, labels in islice(batches, 6):
-        started = time.perf_counter()
-        loss = train_step(trial, images, labels, shift, 0.0, config.precision)
-        float(loss)  # waits for the device
-        seconds.append((time.perf_counter() - started) / len(labels))
-    minutes = statistics.median(seconds[1:]) * num_images * num_epochs / 60
+    seconds = time_steps(trial, islice(batches, 6), shift, config.precision)
+    minutes = seconds * num_images * num_epochs / 60
     where = f"{config.device}, {config.precision}, {state.path} steps"
     if config.device == "cpu":
         where += f", {torch.get_num_threads()} threads"

@@ -129,6 +129,11 @@ def start_data_run(config: Config) -> AbstractContextManager[Run]:
     return start_run(run_name(config, "data"), tags)
 
 
+def start_preflight_run(config: Config) -> AbstractContextManager[Run]:
+    tags = {"stage": "preflight", **machine_tags(config)}
+    return start_run(run_name(config, f"preflight {config.loss}"), tags)
+
+
 def start_parent_run(config: Config, existing: Run | None = None) -> AbstractContextManager[Run]:
     tags = {"stage": "all", **machine_tags(config)}
     if existing is not None:
@@ -197,8 +202,17 @@ def output_bytes(num_parameters: int, num_rows: int, num_classes: int, epochs: i
     """About what an expert's run writes: checkpoints here and in the store (last.pt holds
     weights, momentum and the best weights), model, logits, figures, points."""
     checkpoints = 4 * num_parameters * (3 + 3 + 1 + 3 + 1 + 1 + 2)
-    logits = num_rows * (4 * num_classes + 16)
-    return checkpoints + logits + 3_000_000 + 2_000 * epochs
+    return checkpoints + logit_bytes(num_rows, num_classes) + 3_000_000 + 2_000 * epochs
+
+
+def logit_bytes(num_rows: int, num_classes: int) -> int:
+    """Logits float32, targets and indices int64."""
+    return num_rows * (4 * num_classes + 16)
+
+
+def checkpoint_bytes(num_parameters: int) -> int:
+    """best.pt and final_calibrated.pt; last.pt with momentum and a copy of the best weights."""
+    return 4 * num_parameters * (1 + 1 + 3)
 
 
 def require_trained(run: Run) -> None:
@@ -400,7 +414,7 @@ def what_was_done(run: Run, config: Config, data: Dataset) -> str:
 
 def repeat_command(config: Config) -> str:
     """The `mlflow run` line that gives this expert: what differs from the full recipe."""
-    skipped = {"loss", "device"}
+    skipped = {"loss", "device", "preflight"}
     if config.expert_seed == derive_seed(config.seed, config.loss):
         skipped.add("expert_seed")
     given = config.model_dump()
@@ -437,25 +451,23 @@ def describe_parent(
     parent.describe(text)
 
 
+def split_table(data: Dataset) -> str:
+    """Sizes of the splits, and how many classes each lacks."""
+    rows = []
+    for split in SPLITS:
+        counts = data.class_counts(split)
+        numbers = (int(counts.max()), int(counts.min()), int((counts == 0).sum()))
+        rows.append([split, f"{data.size(split):,}", *map(str, numbers)])
+    return report.table(("split", "images", "most in a class", "fewest", "classes absent"), rows)
+
+
 def record_split_report(run: Run, config: Config, data: Dataset) -> None:
     """Sizes, absent classes and identical images of the splits, in words and as a figure."""
-    facts = data.manifest
     counts = {split: data.class_counts(split).numpy() for split in SPLITS}
-    rows = [
-        [
-            split,
-            f"{counts[split].sum():,}",
-            str(counts[split].max()),
-            str(counts[split].min()),
-            str(len(facts["splits"][split]["absent_classes"])),
-        ]
-        for split in SPLITS
-    ]
-    header = ("split", "images", "most in a class", "fewest", "classes absent")
-    same = facts["identical_images"]
+    same = data.manifest["identical_images"]
     listed = "".join(f"\n- {', '.join(group)}" for group in same[:MAX_LISTED])
     text = (
-        f"{notice(config)}{report.table(header, rows)}\n\nSplits `{data.splits.sha256}` of "
+        f"{notice(config)}{split_table(data)}\n\nSplits `{data.splits.sha256}` of "
         f"{config.source} `{data.images.fingerprint}`; disjoint by index, as checked.\n\n"
         f"Groups of images with identical pixels under different indices: {len(same)} "
         f"(reported, not removed; all in splits/manifest.json).{listed}\n"

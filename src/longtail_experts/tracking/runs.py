@@ -365,14 +365,19 @@ def _has_siblings(run: Run) -> bool:
     return len(run.client.search_runs([run.experiment_id], max_results=2)) > 1
 
 
+def free_bytes(place: Path) -> int:
+    """Free on the disk that holds `place`, or will once it is made."""
+    existing = next(p for p in (place, *place.parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_room(run: Run, folder: Path, needed: int) -> None:
     """StoreError where `folder`, or the run's artifacts, lie on a disk with less than `needed`
     bytes free."""
     for place in (folder, local_folder_of(run.artifact_uri)):
         if place is None:
             continue
-        existing = next(p for p in (place, *place.parents) if p.exists())
-        free = shutil.disk_usage(existing).free
+        free = free_bytes(place)
         if free < needed:
             raise StoreError(
                 f"{place}: {free / 1e6:.0f} MB free, and the run writes about "

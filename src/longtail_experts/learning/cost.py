@@ -1,0 +1,136 @@
+"""What a training costs on this machine, before it starts: memory and time."""
+
+import copy
+import statistics
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from longtail_experts.learning.losses import shifted_cross_entropy
+from longtail_experts.learning.step import TrainState, predict_logits, train_step
+
+WARM_UP = 2  # steps that are not counted
+NUM_STEPS = 6  # steps that are
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes on the device. Activations are what autograd keeps, the rest is exact."""
+
+    weights: int
+    gradients: int
+    momentum: int
+    activations: int
+    images: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def training_memory(
+    model: nn.Module, *, batch_size: int, num_images: int, precision: str, device: str
+) -> TrainingMemory:
+    """Of PyTorch's own operators; compiled steps keep less. Images are padded to 40x40 uint8."""
+    parameters = sum(p.nbytes for p in model.parameters())
+    return TrainingMemory(
+        weights=parameters + sum(b.nbytes for b in model.buffers()),
+        gradients=parameters,
+        momentum=parameters,
+        activations=batch_size * activation_bytes(model, precision, device),
+        images=num_images * 40 * 40 * 3,
+    )
+
+
+def activation_bytes(model: nn.Module, precision: str, device: str) -> int:
+    """Bytes an image that the forward pass keeps for the backward pass, measured.
+
+    The difference of two small batches, so that weights and what else does not grow with the
+    batch drops out.
+    """
+    trial = copy.deepcopy(model).to(device).train()
+    small, large = (_kept_bytes(trial, n, precision, device) for n in (2, 4))
+    return (large - small) // 2
+
+
+def _kept_bytes(model: nn.Module, num_images: int, precision: str, device: str) -> int:
+    kept: dict[int, int] = {}  # address -> bytes: a tensor that two operators keep counts once
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.zeros(num_images, 3, 32, 32, device=device)
+    targets = torch.zeros(num_images, dtype=torch.int64, device=device)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        loss = shifted_cross_entropy(logits, targets, torch.zeros(1, device=device))
+    total = sum(kept.values())
+    del loss  # until here it held what was kept, so that no address was used twice
+    return total
+
+
+class Pace(NamedTuple):
+    """Seconds an image on this device: of a training step, and of a forward pass in float32."""
+
+    training: float
+    predicting: float
+
+
+def measure_pace(
+    state: TrainState, images: Tensor, targets: Tensor, shift: Tensor, precision: str
+) -> Pace:
+    """Medians over a few steps on one batch; `state` is of no use afterwards."""
+    state.model.train()
+    training = time_steps(state, [(images, targets)] * (WARM_UP + NUM_STEPS), shift, precision)
+    predicting = []
+    for _ in range(WARM_UP + NUM_STEPS):
+        started = time.perf_counter()
+        predict_logits(state.model, [images])
+        predicting.append((time.perf_counter() - started) / len(images))
+    return Pace(training, statistics.median(predicting[WARM_UP:]))
+
+
+def time_steps(
+    state: TrainState,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    shift: Tensor,
+    precision: str,
+) -> float:
+    """Seconds an image: the median over steps after the first ones, at a learning rate of 0."""
+    seconds = []
+    for images, targets in batches:
+        started = time.perf_counter()
+        float(train_step(state, images, targets, shift, 0.0, precision))  # waits for the device
+        seconds.append((time.perf_counter() - started) / len(targets))
+    return statistics.median(seconds[min(WARM_UP, len(seconds) - 1) :])
+
+
+class Work(NamedTuple):
+    """Images that one expert needs, by what is done with them."""
+
+    training: int
+    validation: int
+    export: int
+
+    def seconds(self, pace: Pace) -> "Seconds":
+        return Seconds(
+            self.training * pace.training,
+            self.validation * pace.predicting,
+            self.export * pace.predicting,
+        )
+
+
+class Seconds(NamedTuple):
+    training: float
+    validation: float
+    export: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)

@@ -1,0 +1,255 @@
+"""What can be said about a recipe before it runs: one small rule a knob, in plain values.
+
+Verdicts: "ok"; "note", worth knowing and often intended; "warning", most likely a mistake;
+"blocking", the run would fail, or spend hours on something else than was asked for.
+docs/preflight.md lists the rules with their sources.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+REFERENCE_LR, REFERENCE_BATCH = 0.1, 128  # He et al. (CVPR 2016), section 4.2
+RECIPE_LR = 0.4  # at the same batch: Narasimhan et al. (ICLR 2024), appendix F, with a warm-up
+RECIPE_WEIGHT_DECAY = 1e-4
+LDAM_WEIGHT_DECAY = 2e-4  # Cao et al. (NeurIPS 2019)
+FEW_IMAGES = 10  # of a class in the train split
+FEW_VALIDATIONS = 5
+LONG_TRAINING = 100_000  # images over all epochs; below it, a quick look
+NEARLY_FULL = 0.8
+
+
+class Finding(NamedTuple):
+    """A verdict on one knob, or on one fact of the data or the machine."""
+
+    field: str
+    value: str
+    verdict: str
+    message: str = ""
+
+
+def blocking(findings: Iterable[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.verdict == "blocking"]
+
+
+# --- the loss ---------------------------------------------------------------------------------
+
+
+def loss_rule(loss: str, tau: float) -> Finding:
+    if loss == "all" and tau == 1:
+        return Finding(
+            "loss",
+            loss,
+            "note",
+            "at tau 1, logit_adjust and balanced_softmax are the same function up to a constant: "
+            "these two experts differ by seed alone",
+        )
+    return Finding("loss", loss, "ok")
+
+
+def tau_rule(tau: float, loss: str) -> Finding:
+    value = f"{tau:g}"
+    if loss not in ("logit_adjust", "all"):
+        used = "" if tau == 1 else f"not used by {loss}"
+        return Finding("tau", value, "note" if used else "ok", used)
+    if tau == 0:
+        return Finding("tau", value, "warning", "logit_adjust at tau 0 is cross-entropy; give 1")
+    if tau != 1:
+        return Finding(
+            "tau", value, "note", "Menon et al. (ICLR 2021): 1 is consistent for balanced error"
+        )
+    return Finding("tau", value, "ok")
+
+
+# --- the optimiser ----------------------------------------------------------------------------
+
+
+def lr_rule(lr: float, batch_size: int, warmup_steps: int, steps_per_epoch: int) -> Finding:
+    """Linear scaling, Goyal et al. (2017): the rate grows with the batch, from 0.1 at 128.
+
+    Within a factor of 2 all is well, up to 4 worth a note, beyond that a warning. More than 2
+    times the reference without a warm-up is a warning in any case.
+    """
+    reference = REFERENCE_LR * batch_size / REFERENCE_BATCH
+    ratio, slack = lr / reference, 1 + 1e-9
+    factor = max(ratio, 1 / ratio)
+    value = f"{lr:g}"
+    says = f"{ratio:.3g} x the linear-scaling reference {reference:.3g} (0.1 at batch 128)"
+    if factor <= 2 * slack:
+        return Finding("lr", value, "ok", says)
+    if ratio > 1 and warmup_steps <= 1:
+        remedy = f"give warmup_steps={steps_per_epoch}, one epoch, or lr={reference:.3g}"
+        return Finding("lr", value, "warning", f"{says}, and no warm-up: {remedy}")
+    if factor > 4 * slack:
+        return Finding("lr", value, "warning", f"{says}: give a rate nearer to that")
+    if math.isclose(ratio, RECIPE_LR / REFERENCE_LR):
+        says += "; the rate of Narasimhan et al. (ICLR 2024, appendix F), who warm up as well"
+    return Finding("lr", value, "note", says)
+
+
+def warmup_rule(
+    warmup_steps: int,
+    steps_per_epoch: int,
+    epochs: int,
+    milestones: Sequence[int],
+    num_images: int,
+) -> Finding:
+    """One epoch is recommended. Blocking where a long training would never reach its rate."""
+    value, one_epoch = str(warmup_steps), f"warmup_steps={steps_per_epoch} is one epoch"
+    first_end = min([epochs, *milestones])  # epoch at which the full rate is over
+    if warmup_steps > first_end * steps_per_epoch:
+        what = "the first milestone" if first_end < epochs else "the training ends"
+        return Finding(
+            "warmup_steps",
+            value,
+            "blocking" if epochs * num_images >= LONG_TRAINING else "warning",
+            f"the rate never reaches lr: {what} comes at step {first_end * steps_per_epoch:,}; "
+            f"{one_epoch}",
+        )
+    if warmup_steps < steps_per_epoch:
+        return Finding("warmup_steps", value, "note", f"less than one epoch; {one_epoch}")
+    says = f"{warmup_steps / steps_per_epoch:.3g} x one epoch"
+    return Finding("warmup_steps", value, "ok", says)
+
+
+def milestones_rule(milestones: Sequence[int], epochs: int) -> Finding:
+    value = ",".join(map(str, milestones)) or "none"
+    late = [m for m in milestones if m >= epochs]
+    if late:
+        says = f"{','.join(map(str, late))} lie at or past epochs={epochs} and will not act"
+        return Finding("milestones", value, "warning", says)
+    if not milestones:
+        return Finding("milestones", value, "note", "the rate never falls")
+    return Finding("milestones", value, "ok")
+
+
+def weight_decay_rule(weight_decay: float) -> Finding:
+    value = f"{weight_decay:g}"
+    if math.isclose(weight_decay, LDAM_WEIGHT_DECAY):
+        return Finding(
+            "weight_decay", value, "note", "LDAM's value (2e-4), twice this recipe's 1e-4"
+        )
+    if not 0.1 <= weight_decay / RECIPE_WEIGHT_DECAY <= 10:
+        return Finding(
+            "weight_decay", value, "warning", "more than ten times away from this recipe's 1e-4"
+        )
+    return Finding("weight_decay", value, "ok")
+
+
+def batch_rule(batch_size: int, num_images: int) -> Finding:
+    steps = math.ceil(num_images / batch_size)
+    if steps == 1 and batch_size > 1:
+        return Finding(
+            "batch_size",
+            str(batch_size),
+            "warning",
+            f"the whole train split of {num_images:,} images is one step an epoch; give less",
+        )
+    return Finding("batch_size", str(batch_size), "ok", f"{steps:,} steps an epoch")
+
+
+def precision_rule(device: str, precision: str, has_bf16: bool) -> Finding:
+    if (device, precision) == ("cpu", "bf16") and not has_bf16:
+        says = "this processor has no bf16 instructions: slower than fp32"
+        return Finding("precision", precision, "warning", says)
+    return Finding("precision", precision, "ok")
+
+
+# --- when it looks and saves ------------------------------------------------------------------
+
+
+def num_validations(validation_every: int, epochs: int) -> int:
+    """After every so many epochs, and after the last."""
+    return math.ceil(epochs / validation_every)
+
+
+def validation_rule(validation_every: int, epochs: int) -> Finding:
+    value, count = str(validation_every), num_validations(validation_every, epochs)
+    if count == 1:
+        return Finding(
+            "validation_every",
+            value,
+            "warning" if epochs > 1 else "note",
+            "the only validation is that after the last epoch: no checkpoint is selected"
+            + (f"; give {max(1, epochs // 10)}" if epochs > 1 else ""),
+        )
+    verdict = "note" if count < FEW_VALIDATIONS else "ok"
+    return Finding("validation_every", value, verdict, f"{count} validations")
+
+
+def patience_rule(
+    patience: int | None, validation_every: int, epochs: int, milestones: Sequence[int]
+) -> Finding:
+    """Patience is counted in validations, from the last milestone that acts."""
+    if patience is None:
+        return Finding("early_stopping_patience", "none", "ok")
+    start = max((m for m in milestones if m < epochs), default=0)
+    left = num_validations(validation_every, epochs) - start // validation_every
+    if patience >= left:
+        says = f"can never act: {left} validations follow the last milestone"
+        return Finding("early_stopping_patience", str(patience), "note", says)
+    return Finding("early_stopping_patience", str(patience), "ok")
+
+
+def checkpoint_rule(checkpoint_every: int, epochs: int) -> Finding:
+    if checkpoint_every >= epochs > 1:
+        return Finding(
+            "checkpoint_every",
+            str(checkpoint_every),
+            "note",
+            "no checkpoint before the end: a crash costs the whole training",
+        )
+    return Finding("checkpoint_every", str(checkpoint_every), "ok")
+
+
+# --- the data ---------------------------------------------------------------------------------
+
+
+def source_rule(source: str) -> Finding:
+    if source == "synthetic":
+        return Finding("source", source, "note", "generated images: a demonstration")
+    return Finding("source", source, "ok")
+
+
+def images_per_class_rule(images_per_class: int | None, source: str) -> Finding:
+    value = "none" if images_per_class is None else str(images_per_class)
+    if images_per_class is not None and source == "cifar100" and images_per_class != 500:
+        says = "not the benchmark, whose largest class has 500"
+        return Finding("images_per_class", value, "note", says)
+    return Finding("images_per_class", value, "ok")
+
+
+def few_images_rule(train_counts: Sequence[int]) -> Finding:
+    few = [n for n in train_counts if n < FEW_IMAGES]
+    value = f"{sum(train_counts):,} images"
+    if few:
+        says = f"{len(few)} of {len(train_counts)} classes have under {FEW_IMAGES} images"
+        return Finding("train split", value, "note", f"{says} (fewest: {min(few)})")
+    return Finding("train split", value, "ok")
+
+
+def absent_classes_rule(num_absent: Mapping[str, int], num_classes: int) -> Finding:
+    """num_absent: classes absent by split. Never blocking: the pool's tail does not go round."""
+    missing = [f"{split} {n}" for split, n in num_absent.items() if n]
+    value = f"{num_classes} classes"
+    if missing:
+        says = f"classes absent: {', '.join(missing)}; by design where the tail does not go round"
+        return Finding("splits", value, "note", says)
+    return Finding("splits", value, "ok")
+
+
+# --- the machine ------------------------------------------------------------------------------
+
+
+def room_rule(what: str, needed: int, free: int, remedy: str) -> Finding:
+    """Bytes needed against bytes free."""
+    value = f"{megabytes(needed)} of {megabytes(free)} free"
+    if needed > free:
+        return Finding(what, value, "blocking", f"not enough: {remedy}")
+    if needed > NEARLY_FULL * free:
+        return Finding(what, value, "warning", f"just enough: {remedy}")
+    return Finding(what, value, "ok")
+
+
+def megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"

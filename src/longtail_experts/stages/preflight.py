@@ -1,0 +1,151 @@
+"""Entry point `preflight`: the readiness report before hours are spent."""
+
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from longtail_experts.config import LOSS_NAMES, Config
+from longtail_experts.data.batches import plain_batches
+from longtail_experts.data.dataset import Dataset
+from longtail_experts.data.splits import SPLITS
+from longtail_experts.learning.cost import (
+    Pace,
+    TrainingMemory,
+    Work,
+    measure_pace,
+    training_memory,
+)
+from longtail_experts.learning.loss_behaviour import LossBehaviour, loss_behaviour
+from longtail_experts.learning.resnet import build_resnet32, num_parameters
+from longtail_experts.learning.rules import Finding, blocking, num_validations, room_rule
+from longtail_experts.learning.schedule import lr_by_epoch
+from longtail_experts.learning.step import start_training
+from longtail_experts.stages.checks import NotReadyError, cheap_findings, not_ready, num_experts
+from longtail_experts.stages.inputs import (
+    for_one_expert,
+    schedule_of,
+    steps_an_epoch,
+    train_shift,
+)
+from longtail_experts.tracking import experts, readiness
+from longtail_experts.tracking.recorder import local_folder
+from longtail_experts.tracking.runs import Run, local_folder_of
+
+
+def run(config: Config, data: Dataset) -> str:
+    """Record the report in a run of its own; returns the run id.
+
+    Raises NotReadyError, and the run ends FAILED, where a finding is blocking.
+    """
+    with experts.start_preflight_run(config) as run_:
+        expert = for_one_expert(config, LOSS_NAMES[0] if config.loss == "all" else config.loss)
+        model = build_resnet32(data.num_classes, config.shortcut, expert.expert_seed)
+        behaviour = loss_behaviour(data.class_counts("train"), data.groups["head"], config.tau)
+        memory = training_memory(
+            model,
+            batch_size=min(config.batch_size, data.size("train")),
+            num_images=data.size("train"),
+            precision=config.precision,
+            device=config.device,
+        )
+        free = free_memory(config.device)
+        findings = [
+            *cheap_findings(config, data, disks_of(run_)),
+            room_rule("memory", memory.total, free, "lower batch_size, or free some"),
+            theory_finding(behaviour),
+        ]
+        pace, work, path = None, work_of_one(config, data), ""
+        if not blocking(findings):
+            pace, path = time_training(model, expert, data)
+        readiness.record(
+            run_,
+            config,
+            data,
+            readiness.verdict(config, findings, pace, work, num_experts(config)),
+            {
+                "Time": readiness.time_section(pace, work, config, data, path),
+                "Memory and disk": machine_section(memory, free, config, data, model),
+                "Losses before any training": readiness.loss_section(behaviour, data),
+                "Learning rate by epoch": schedule_section(run_, config, data),
+                "Data": readiness.data_section(config, data),
+                "Configuration": readiness.findings_table(findings),
+            },
+        )
+        run_.set_tags({"ready": str(not blocking(findings)).lower()})
+        if blocking(findings):
+            raise NotReadyError(not_ready(findings))
+    return run_.run_id
+
+
+def disks_of(run_: Run) -> list[Path]:
+    """Where an expert keeps what it has not delivered, and its artifacts if that is here."""
+    places = (local_folder(run_.run_id), local_folder_of(run_.artifact_uri))
+    return [place for place in places if place is not None]
+
+
+def free_memory(device: str) -> int:
+    """Bytes that the device has left."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def theory_finding(behaviour: list[LossBehaviour]) -> Finding:
+    wrong = sorted({row.loss for row in behaviour if not row.as_theory})
+    if wrong:
+        says = f"{', '.join(wrong)}: not as the equation of the paper has it; mend losses.py"
+        return Finding("losses", "against theory", "blocking", says)
+    return Finding("losses", "against theory", "ok")
+
+
+def work_of_one(config: Config, data: Dataset) -> Work:
+    """Images through the network; test_lt is cut out of test_balanced, which last.pt sees too."""
+    seen = sum(data.size(split) for split in SPLITS if split != "test_lt")
+    return Work(
+        training=config.epochs * data.size("train"),
+        validation=num_validations(config.validation_every, config.epochs) * data.size("val_lt"),
+        export=seen + data.size("test_balanced"),
+    )
+
+
+def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace, str]:
+    """The pace of one batch of real images, and by which code ("plain" or "compiled")."""
+    state = start_training(
+        model,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        device=config.device,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        planned_images=config.epochs * data.size("train"),
+        fast=config.fast,
+    )
+    images = next(plain_batches(data.pixels("train"), config.batch_size, config.device))
+    targets = data.targets("train")[: len(images)].to(config.device)
+    shift = train_shift(config, data).to(config.device)
+    return measure_pace(state, images, targets, shift, config.precision), state.path
+
+
+def machine_section(
+    memory: TrainingMemory, free: int, config: Config, data: Dataset, model: nn.Module
+) -> str:
+    num_rows, parameters = sum(data.size(split) for split in SPLITS), num_parameters(model)
+    output = {
+        "logits of all splits": experts.logit_bytes(num_rows, data.num_classes),
+        "checkpoints": experts.checkpoint_bytes(parameters),
+        "room taken while it runs": experts.output_bytes(
+            parameters, num_rows, data.num_classes, config.epochs
+        ),
+    }
+    return readiness.machine_section(memory, free, output, config)
+
+
+def schedule_section(run_: Run, config: Config, data: Dataset) -> str:
+    """Also every step as a table and a figure, as a training run has them."""
+    steps_per_epoch = steps_an_epoch(config, data)
+    lr_of = schedule_of(config, steps_per_epoch)
+    experts.record_schedule(run_, config.epochs, steps_per_epoch, lr_of)
+    return readiness.schedule_section(lr_by_epoch(lr_of, config.epochs, steps_per_epoch))
