@@ -41,6 +41,8 @@ if real:
         and sum(name.endswith("_logits.pt") for name in files) == 18
         and sum(name.endswith(".pth") for name in files) == 6
     )
+stages = {run.data.tags["stage"] for run in runs}
+checks["preflight and compare left their runs"] = {"preflight", "compare"} <= stages
 parents = [run for run in runs if run.data.tags.get("stage") == "all"]
 for run in parents:
     page = client.download_artifacts(run.info.run_id, "comparison/index.html")

@@ -84,7 +84,10 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
                 log.error("%s failed: %s", loss, error, exc_info=not foreseen)
                 failures[loss] = first_line(error)
         if len(children) > 1:
-            compare.into(parent, list(children.values()))
+            try:
+                compare.into(parent, list(children.values()))
+            except RunError as error:  # the experts are finished all the same
+                failures["compare"] = first_line(error)
         experts.describe_parent(parent, config, children, failures)
         if failures:
             named = "; ".join(f"{loss} failed: {reason}" for loss, reason in failures.items())
