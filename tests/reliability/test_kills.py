@@ -17,6 +17,8 @@ from reliability.harness import (
     wait_until,
 )
 
+from longtail_experts.tracking.processes import is_alive
+
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("LONGTAIL_KILLS", "5"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -117,7 +119,9 @@ def test_a_run_cut_off_is_offered_and_reaped(store, arguments):
     short = [*arguments, "--epochs=1"]
     next_one = Training(store, ["train", "--loss", "ce", *short])
     assert next_one.wait() == 0
-    assert f"run {run_id} (ce images seed 0) was cut off on this host" in next_one.output
+    offered = f"run {run_id} (ce images seed 0) was cut off on this host"
+    tags = MlflowClient().get_run(run_id).data.tags
+    assert offered in next_one.output, f"{tags}\nalive: {is_alive(tags)}\n{next_one.output}"
 
     reaping = Training(store, ["reap"])
     assert reaping.wait() == 0

@@ -30,4 +30,6 @@ def is_alive(tags: Mapping[str, str]) -> bool:
 
 
 def _started(process: psutil.Process) -> str:
-    return f"{process.create_time():.1f}"
+    """Seconds after the machine's start: unlike the time of day, this does not move when the clock
+    is set, which would make a live process look like another."""
+    return f"{process.create_time() - psutil.boot_time():.2f}"
