@@ -46,6 +46,7 @@ def test_training_memory():
     assert memory.weights > memory.gradients  # running statistics
     assert memory.images == 8677 * 40 * 40 * 3
     assert memory.activations == 128 * activation_bytes(model, "fp32", "cpu")
+    assert memory.workspace == memory.activations // 2
     assert memory.total == sum(memory)
 
 

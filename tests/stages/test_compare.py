@@ -1,8 +1,8 @@
 """Experts beside each other: which runs, what the tables say, and who is refused."""
 
 import csv
+import dataclasses
 import io
-import json
 import re
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
+from longtail_experts.tracking import comparison, comparison_figures
 from longtail_experts.tracking.comparison import distinct_labels
+from longtail_experts.tracking.runs import RunError
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
 FIGURES = {"per_class", "head_tail", "reliability", "pairs", "ensemble"}
@@ -77,7 +79,11 @@ def test_without_a_choice_the_newest_of_each_loss_are_compared(experts_copy, cap
     for row in rows:
         recorded = MlflowClient().get_run(row["run_id"]).data.metrics
         for name, value in recorded.items():
-            assert float(row[name]) == value
+            assert float(row[f"metrics.{name}"]) == value
+        assert row["params.lr"] == "0.05"
+        assert "" not in (row["params.loss"], row["tags.step_path"])
+    header = read(run.info.run_id, "table.csv").splitlines()[0].split(",")
+    assert len(set(header)) == len(header)
     assert read(run.info.run_id, "report.md") in capsys.readouterr().out
     assert run.info.status == "FINISHED"
 
@@ -127,12 +133,22 @@ def test_deployment_on_the_long_tailed_split(experts_copy):
     assert run.data.metrics["ensemble_product/accuracy"] == pytest.approx(expected)
 
 
+def ids_compared() -> set[str]:
+    table = read(newest_comparison().info.run_id, "table.csv")
+    return {row["run_id"] for row in csv.DictReader(io.StringIO(table))}
+
+
 def test_filters_by_tag_and_number(experts_copy):
     assert main(["compare", "--tags", "expert=ce"]) == 0
-    assert "Comparison of 1 experts: ce" in read(newest_comparison().info.run_id, "report.md")
-    assert main(["compare", "--last", "2"]) == 0
-    newest = newest_comparison()
-    assert "Comparison of 2 experts" in read(newest.info.run_id, "report.md")
+    assert ids_compared() == {experts_copy["ce"]}
+    assert main(["compare", "--last", "2"]) == 0  # trained in the order of LOSSES
+    assert ids_compared() == {experts_copy[loss] for loss in LOSSES[1:]}
+
+
+def test_of_two_experts_of_one_loss_the_newer_is_compared(experts_copy):
+    MlflowClient().set_tag(experts_copy["logit_adjust"], "expert", "ce")
+    assert main(["compare"]) == 0
+    assert ids_compared() == {experts_copy["logit_adjust"], experts_copy["balanced_softmax"]}
 
 
 @pytest.fixture
@@ -160,6 +176,34 @@ def test_different_splits_are_refused_unless_asked_for(altered_splits, capsys):
     run = newest_comparison()
     assert not [name for name in run.data.metrics if name.startswith("ensemble")]
     assert "### Different splits" in read(run.info.run_id, "report.md")
+
+
+def test_experts_of_other_groups_are_still_tabulated(altered_splits, monkeypatch):
+    """As of another imbalance factor: one of them has no tail, and none of its figures."""
+    read_members = comparison.read_members
+
+    def other_pool(runs):
+        first, *others = read_members(runs)
+        metrics = {n: v for n, v in first.metrics.items() if "tail" not in n}
+        pool = tuple(1000 + n for n in first.pool_counts)
+        return [dataclasses.replace(first, metrics=metrics, pool_counts=pool), *others]
+
+    monkeypatch.setattr(comparison, "read_members", other_pool)
+    assert main(["compare", "--different_splits", "true"]) == 0
+    run_id = newest_comparison().info.run_id
+    drawn = {f.path for f in MlflowClient().list_artifacts(run_id, "comparison/figures")}
+    assert drawn == {"comparison/figures/per_class.png"}
+    (line,) = re.findall(r"^\| test_balanced: tail, % \|(.*)\|$", read(run_id, "report.md"), re.M)
+    assert line.split("|")[0].strip() == "-"
+
+
+def test_a_store_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.db").write_bytes(b"no database" * 1000)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'broken.db'}")
+    assert main(["compare"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("error: the store sqlite:///")
+    assert "cannot be read" in line
 
 
 def all_runs() -> list:
@@ -202,9 +246,24 @@ def test_labels_are_distinct_and_no_longer_than_needed():
 
 def test_names_from_elsewhere_cannot_break_out_of_the_page(experts_copy):
     client = MlflowClient()
-    client.update_run(experts_copy["ce"], name="<script>alert(1)</script> | **x**")
+    client.update_run(experts_copy["ce"], name="<script>alert(1)</script> | **x**\n![](x)")
     assert main(["compare"]) == 0
     run = newest_comparison()
     assert "<script" not in read(run.info.run_id, "index.html")
-    assert "<script>alert(1)</script> / **x**" in read(run.info.run_id, "report.md")
-    assert json.dumps(run.data.metrics)
+    text = read(run.info.run_id, "report.md")
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt; / \*\*x\*\* \!\[\](x)" in text
+    assert "<script" not in run.data.tags["mlflow.note.content"]
+
+
+def test_every_expert_that_fits_a_comparison_can_be_told_apart():
+    looks = {
+        (*comparison_figures.marks(n), comparison_figures.line_style(n))
+        for n in range(comparison.MOST)
+    }
+    assert len(looks) == comparison.MOST
+    assert len({look[:2] for look in looks}) == comparison.MOST
+
+
+def test_more_than_can_be_told_apart_is_refused():
+    with pytest.raises(RunError, match="as in last=28"):
+        comparison.read_members([None] * 29)

@@ -13,7 +13,8 @@ from longtail_experts.cli import main
 from longtail_experts.config import Config
 from longtail_experts.learning.losses import LOSSES
 from longtail_experts.stages import main as main_stage
-from longtail_experts.tracking.readiness import LONGEST_DESCRIPTION, duration, fitting
+from longtail_experts.tracking.readiness import duration
+from longtail_experts.tracking.report import LONGEST_DESCRIPTION, fitting
 
 # Long enough to be worth stopping, and a warm-up that outlasts it.
 ENDLESS_WARMUP = ("--epochs", "1000", "--warmup_steps", "100000")
@@ -176,6 +177,6 @@ def test_duration(seconds, text):
 
 def test_a_description_holds_whole_sections():
     parts = ["a" * 3000, "b" * 3000, "c" * 3000]
-    assert fitting(parts) == [*parts[:2], "More in report.md."]
-    assert fitting(parts[:2]) == parts[:2]
-    assert len("\n\n".join(fitting(["a" * 4000, "b" * 3998]))) <= LONGEST_DESCRIPTION
+    assert fitting(parts, "More.") == "\n\n".join([*parts[:2], "More."])
+    assert fitting(parts[:2], "More.") == "\n\n".join(parts[:2])
+    assert len(fitting(["a" * 4000, "b" * 3998], "More.")) <= LONGEST_DESCRIPTION

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts.cli import main
@@ -52,25 +53,82 @@ def champion_of(experts_copy):
     return version
 
 
+def judged(runs: dict[str, Run], **values: float) -> None:
+    """Set what the runs are judged by."""
+    for loss, value in values.items():
+        runs[loss].log_metrics({JUDGED_BY: value}, step=10**6)
+
+
 def test_the_alias_goes_to_the_best_on_val_lt_and_stays_there(experts_copy, champion_of, capsys):
     client, losses = MlflowClient(), ("ce", "logit_adjust", "balanced_softmax")
     runs = {loss: Run(experts_copy[loss]) for loss in losses}
-    best = -1.0
-    for number, loss in enumerate(losses, start=1):
+    judged(runs, ce=0.3, logit_adjust=0.4, balanced_softmax=0.4)
+    for number, (loss, reigns) in enumerate(
+        (("ce", "ce"), ("logit_adjust", "logit_adjust"), ("balanced_softmax", "logit_adjust")),
+        start=1,
+    ):  # better: it moves; equal: it does not
         register(runs[loss], "experts")
-        said = capsys.readouterr().out
-        value = runs[loss].metrics[JUDGED_BY]
-        assert f"version {number}, " in said
-        assert (runs[loss].tags["champion_when_registered"] == "true") == (value > best)
-        if number > 1:
-            logged = runs[loss].metrics["champion/difference"]
-            assert logged == pytest.approx(value - best)
-            assert "points)" in said
-        best = max(best, value)
-        assert Run(champion_of("experts")).metrics[JUDGED_BY] == best
+        assert f"version {number}, " in capsys.readouterr().out
+        assert champion_of("experts") == experts_copy[reigns]
+        assert runs[loss].tags["registered_as"] == f"experts/{number}"
+        assert runs[loss].tags["champion_when_registered"] == str(loss == reigns).lower()
+    for number, (ours, theirs) in enumerate(
+        (("logit_adjust", "ce"), ("balanced_softmax", "logit_adjust"))
+    ):
+        splits = [load_expert_logits(experts_copy[e]).splits["val_lt"] for e in (ours, theirs)]
+        value, error = paired_difference(*splits)
+        metrics = runs[ours].metrics
+        assert metrics["champion/difference"] == pytest.approx(value), number
+        assert metrics["champion/difference_standard_error"] == pytest.approx(error)
     register(runs["ce"], "experts")
     assert capsys.readouterr().out == ""
     assert len(client.search_model_versions("name = 'experts'")) == 3
+
+
+def test_a_store_that_fails_in_between_hands_the_alias_to_nobody(
+    experts_copy, champion_of, monkeypatch, caplog
+):
+    runs = {loss: Run(experts_copy[loss]) for loss in ("ce", "logit_adjust")}
+    judged(runs, ce=0.4, logit_adjust=0.3)
+    register(runs["ce"], "experts")
+
+    def refuse(*arguments):
+        raise MlflowException("the disk is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_registered_model", refuse)
+        register(runs["logit_adjust"], "experts")
+    assert "the disk is on fire" in caplog.text
+    assert "registered_as" not in runs["logit_adjust"].tags
+    assert champion_of("experts") == experts_copy["ce"]
+    register(runs["logit_adjust"], "experts")  # goes on with the version that it had made
+    assert runs["logit_adjust"].tags["registered_as"] == "experts/2"
+    assert len(MlflowClient().search_model_versions("name = 'experts'")) == 2
+
+
+def test_a_first_version_cut_off_before_its_alias_gets_it_later(
+    experts_copy, champion_of, monkeypatch
+):
+    run = Run(experts_copy["ce"])
+
+    def refuse(*arguments):
+        raise MlflowException("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", refuse)
+        register(run, "experts")
+    register(run, "experts")
+    assert champion_of("experts") == experts_copy["ce"]
+
+
+def test_a_champion_without_a_run_stays(experts_copy, capsys):
+    client, run = MlflowClient(), Run(experts_copy["ce"])
+    client.create_registered_model("experts")
+    client.create_model_version("experts", "file:///tmp/none")
+    client.set_registered_model_alias("experts", "champion", "1")
+    register(run, "experts")
+    assert "version 1 stays champion, its run cannot be read" in capsys.readouterr().out
+    assert client.get_model_version_by_alias("experts", "champion").version == "1"
 
 
 def test_an_expert_of_other_splits_does_not_take_the_alias(experts_copy, champion_of, capsys):
@@ -91,15 +149,13 @@ def test_an_expert_of_other_splits_does_not_take_the_alias(experts_copy, champio
 
 
 def test_a_store_that_cannot_register_does_not_fail_the_expert(experts_copy, monkeypatch, caplog):
-    from mlflow.exceptions import MlflowException
-
     def refuse(*arguments, **more):
         raise MlflowException("no registry here")
 
     monkeypatch.setattr("mlflow.register_model", refuse)
     register(Run(experts_copy["ce"]), "experts")
     assert "no registry here" in caplog.text
-    assert "mlflow.register_model('models:/m-" in caplog.text
+    assert f"registry.register(runs.open_run('{experts_copy['ce']}'), 'experts')" in caplog.text
 
 
 def test_main_registers_what_it_was_asked_to(store, tiny_arguments):

@@ -37,7 +37,7 @@ ENSEMBLES = {
 def disagreement(predictions: Sequence[Tensor]) -> Tensor:
     """Share of images that two members predict differently, float64 [M, M]; predictions [N]."""
     stacked = torch.stack(list(predictions))  # [M, N]
-    return (stacked[:, None] != stacked[None]).double().mean(2)
+    return torch.stack([(stacked != row).double().mean(1) for row in stacked])
 
 
 def error_overlap(predictions: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -45,7 +45,6 @@ def error_overlap(predictions: Sequence[Tensor], targets: Tensor) -> Tensor:
 
     1: the same errors; 0: never both wrong. nan where neither makes an error.
     """
-    wrong = torch.stack([p != targets for p in predictions])  # [M, N]
-    both = (wrong[:, None] & wrong[None]).double().sum(2)
-    either = (wrong[:, None] | wrong[None]).double().sum(2)
-    return both / either
+    wrong = torch.stack([p != targets for p in predictions]).double()  # [M, N]
+    both, errors = wrong @ wrong.T, wrong.sum(1)
+    return both / (errors[:, None] + errors - both)

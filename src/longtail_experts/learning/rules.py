@@ -98,7 +98,7 @@ def warmup_rule(
     value, one_epoch = str(warmup_steps), f"warmup_steps={steps_per_epoch} is one epoch"
     first_end = min([epochs, *milestones])  # epoch at which the full rate is over
     if warmup_steps > first_end * steps_per_epoch:
-        what = "the first milestone" if first_end < epochs else "the training ends"
+        what = "the first milestone" if first_end < epochs else "the end of the training"
         return Finding(
             "warmup_steps",
             value,

@@ -26,9 +26,9 @@ def run(choice: Choice, deployment: str = "uniform", different_splits: bool = Fa
     same_splits = comparison.require_comparable(members, different_splits)
     name = f"compare {', '.join(m.label for m in members)}"
     with start_run(name[:200], {"stage": "compare"}) as run_:
-        text = record(run_, members, deployment, same_splits)
-        comparison_report.describe_comparison(run_, text)
-    print(text)
+        parts = record(run_, members, deployment, same_splits)
+        comparison_report.describe_comparison(run_, parts)
+    print("\n\n".join(parts))
     return run_.run_id
 
 
@@ -40,7 +40,7 @@ def into(parent: Run, run_ids: Sequence[str]) -> None:
 
 def record(
     run_: Run, members: Sequence[comparison.Member], deployment: str, same_splits: bool
-) -> str:
+) -> list[str]:
     result = comparison.together(members, deployment) if same_splits else None
     synthetic = any(member.facts.get("source") == "synthetic" for member in members)
     notice = f"{SYNTHETIC_NOTICE}\n\n" if synthetic else ""

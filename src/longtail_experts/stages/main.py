@@ -16,6 +16,7 @@ from longtail_experts.stages.inputs import for_one_expert
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.logits import is_calibrated
+from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError
 from longtail_experts.tracking.stale import offer_to_resume
 
@@ -77,6 +78,8 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
             try:
                 if child is not None and is_calibrated(child):
                     children[loss] = child.run_id
+                    if config.register_as:
+                        register(child, config.register_as)
                 else:
                     children[loss] = run_one(config, data, loss, parent, child)
             except Exception as error:
@@ -86,7 +89,8 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
         if len(children) > 1:
             try:
                 compare.into(parent, list(children.values()))
-            except RunError as error:  # the experts are finished all the same
+            except Exception as error:  # the experts are finished all the same
+                log.error("compare failed: %s", error, exc_info=not isinstance(error, RunError))
                 failures["compare"] = first_line(error)
         experts.describe_parent(parent, config, children, failures)
         if failures:

@@ -58,7 +58,11 @@ def run(config: Config, data: Dataset) -> str:
         ]
         pace, work, path = None, work_of_one(config, data), ""
         if not blocking(findings):
-            pace, path = time_training(model, expert, data)
+            try:
+                pace, path = time_training(model, expert, data)
+            except torch.OutOfMemoryError:
+                says = f"a step of {config.batch_size} images does not fit: lower batch_size"
+                findings.append(Finding("memory", "of a real step", "blocking", says))
         readiness.record(
             run_,
             config,

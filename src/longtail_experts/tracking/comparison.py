@@ -22,10 +22,11 @@ from longtail_experts.learning.metrics import (
 )
 from longtail_experts.tracking.experts import recorded_config
 from longtail_experts.tracking.logits import ExpertLogits, is_calibrated, read_logits
-from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_run
+from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_run, store_to_read
 
 DEPLOYMENTS = {"uniform": "test_balanced", "test_lt": "test_lt"}  # prior q -> split scored under it
-WHERE_TRAINED = ("device", "precision", "step_path", "git.commit", "git.dirty", "resumed")
+MOST = 28  # experts in one comparison: seven colours in four line styles
+WHERE_TRAINED = ("device", "precision", "step_path", "git.commit", "git.dirty")
 NOT_A_DIFFERENCE = ("loss", "data_dir")
 
 
@@ -41,7 +42,8 @@ class Member:
     facts: Mapping[str, str]  # config, and where and how it was trained
     splits_sha256: str
     pool_counts: tuple[int, ...]
-    training_seconds: float
+    seconds: float  # from the run's start to its end
+    training_seconds: float  # of training steps
     expert: ExpertLogits
 
     def scores(self, split: str, deployment: Tensor, temperature: float | None = None) -> Tensor:
@@ -82,16 +84,19 @@ def chosen_runs(
         for run in runs:
             require_calibrated(run)
         return runs
-    client = mlflow.MlflowClient()
-    asked = {"calibrated": "true", **(tags or {})}
-    found = [
-        run
-        for run in client.search_runs(
-            [experiment_id(client, experiment)],
+    launched = launched_run_id()
+    here = open_run(launched).experiment_id if launched and not experiment else ""
+    with store_to_read() as client:
+        in_experiment = client.search_runs(
+            [here or experiment_id(client, experiment)],
             "tags.calibrated = 'true'",
             order_by=["attributes.start_time DESC"],
             max_results=10_000,
         )
+    asked = {"calibrated": "true", **(tags or {})}
+    found = [
+        run
+        for run in in_experiment
         if all(run.data.tags.get(name) == value for name, value in asked.items())
     ]
     if last is not None:
@@ -112,9 +117,6 @@ def chosen_runs(
 
 def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     """Of the experiment named, or of that into which a run started now would go."""
-    launched = launched_run_id()
-    if not name and launched:
-        return open_run(launched).experiment_id
     if not name and "MLFLOW_EXPERIMENT_ID" in os.environ:
         return os.environ["MLFLOW_EXPERIMENT_ID"]
     name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
@@ -138,6 +140,8 @@ def require_calibrated(run: Run) -> None:
 
 def read_members(runs: Sequence[Run]) -> list[Member]:
     """Logits, metrics and settings of each; RunError where something is missing or altered."""
+    if len(runs) > MOST:
+        raise RunError(f"{len(runs)} experts at once; {MOST} can be told apart, as in last={MOST}")
     tags = [run.tags for run in runs]
     configs = [recorded_config(run) for run in runs]
     ids = [run.run_id for run in runs]
@@ -163,9 +167,11 @@ def read_members(runs: Sequence[Run]) -> list[Member]:
                 run_name=run.name,
                 loss=config.loss,
                 metrics=run.metrics,
-                facts={**config.as_text(), **{n: tag[n] for n in WHERE_TRAINED if n in tag}},
+                facts=config.as_text()
+                | {n: v for n, v in tag.items() if n in WHERE_TRAINED or n.startswith("resumed")},
                 splits_sha256=run.params.get("splits_sha256", "unknown"),
                 pool_counts=pool_counts,
+                seconds=run.seconds,
                 training_seconds=sum(num_train / rate for rate in rates if rate > 0),
                 expert=read_logits(run),
             )

@@ -15,7 +15,7 @@ from longtail_experts.tracking.figures import (
     save,
 )
 
-# Okabe and Ito's colours and shapes beside them, one pair an expert; more than these repeat.
+# Okabe and Ito's colours and shapes beside them, one pair an expert.
 EXPERTS = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -29,8 +29,14 @@ NEIGHBOURS = 9  # classes in a running mean
 
 
 def marks(number: int) -> tuple[str, str]:
-    """Colour and marker of an expert."""
-    return EXPERTS[number % len(EXPERTS)]
+    """Colour and marker of an expert; no two of the first 49 have the same pair."""
+    again, place = divmod(number, len(EXPERTS))
+    return EXPERTS[place][0], EXPERTS[(place + again) % len(EXPERTS)][1]
+
+
+def line_style(number: int) -> str:
+    """Another for every seven experts, whose colours repeat."""
+    return ("-", "--", ":", "-.")[number // len(EXPERTS) % 4]
 
 
 def running_mean(values: np.ndarray, width: int = NEIGHBOURS) -> np.ndarray:
@@ -42,18 +48,26 @@ def running_mean(values: np.ndarray, width: int = NEIGHBOURS) -> np.ndarray:
 
 
 def per_class(
-    recalls: Mapping[str, np.ndarray], pool_counts: np.ndarray, tail_at_most: int, path: Path
+    recalls: Mapping[str, tuple[np.ndarray, np.ndarray]], tail_at_most: int, path: Path
 ) -> None:
-    """Recall [C] of every expert over class frequency: classes as dots, running means as lines."""
+    """(recall [C], images in its pool [C]) of every expert: classes as dots, running means as
+    lines."""
     figure, (axes,) = new_axes(1, 8.0, 4.6)
-    order = np.argsort(-pool_counts, kind="stable")
-    frequency = pool_counts[order]
-    for number, (label, recall) in enumerate(recalls.items()):
+    for number, (label, (recall, pool_counts)) in enumerate(recalls.items()):
         colour, marker = marks(number)
-        values = 100 * recall[order]
+        order = np.argsort(-pool_counts, kind="stable")
+        frequency, values = pool_counts[order], 100 * recall[order]
         axes.scatter(frequency, values, s=9, color=colour, marker=marker, alpha=0.3, lw=0)
-        axes.plot(frequency, running_mean(values), color=colour, lw=2, label=label)
-    if frequency.min() <= tail_at_most < frequency.max():
+        axes.plot(
+            frequency,
+            running_mean(values),
+            color=colour,
+            ls=line_style(number),
+            lw=2,
+            label=label,
+        )
+    everywhere = np.concatenate([pool_counts for _, pool_counts in recalls.values()])
+    if everywhere.min() <= tail_at_most < everywhere.max():
         axes.axvline(tail_at_most + 0.5, color=BEFORE, lw=1, ls="--")
         for x, side, name, colour in (
             (tail_at_most * 0.95, "right", "tail", TAIL),

@@ -6,12 +6,13 @@ import html
 import io
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from longtail_experts.config import Config
 from longtail_experts.data.longtail import TAIL_AT_MOST
 from longtail_experts.tracking import comparison_figures, figures, report
 from longtail_experts.tracking.comparison import (
@@ -110,8 +111,11 @@ def expert_rows(members: Sequence[Member]) -> list[Row]:
         for m in members
     ]
     rows.append(Row("T (95 % interval)", intervals, set()))
-    minutes = [m.training_seconds / 60 for m in members]
-    rows.append(row("training, minutes", minutes, lambda v: f"{v:.1f}", None))
+    for name, seconds in (
+        ("wall time of the run, minutes", [m.seconds for m in members]),
+        ("of which training steps", [m.training_seconds for m in members]),
+    ):
+        rows.append(row(name, [s / 60 for s in seconds], lambda v: f"{v:.1f}", None))
     return [r for r in rows if any(cell != "-" for cell in r.cells)]
 
 
@@ -148,8 +152,9 @@ def as_markdown(header: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that cannot end a cell of a Markdown table."""
-    return text.replace("|", "/").replace("\n", " ")
+    """Text of whoever named a run, as itself: no cell, link, picture or tag begins in it."""
+    one_line = " ".join(text.split()).replace("|", "/")
+    return re.sub(r"([\\`*\[\]!])", r"\\\1", html.escape(one_line, quote=False))
 
 
 def as_html(header: Sequence[str], rows: Sequence[Row]) -> str:
@@ -165,12 +170,23 @@ def as_html(header: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def as_csv(members: Sequence[Member]) -> str:
-    """A line a run, full precision: run, label, settings, then every metric."""
+    """A line a run, full precision: run, label, then settings and metrics under the names that
+    `mlflow.search_runs` gives them."""
     settings = list(dict.fromkeys(name for m in members for name in m.facts))
+    columns = [f"params.{n}" if n in Config.model_fields else f"tags.{n}" for n in settings]
     metrics = sorted({name for m in members for name in m.metrics})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run_id", "label", "splits_sha256", "training_seconds", *settings, *metrics])
+    writer.writerow(
+        [
+            "run_id",
+            "label",
+            "splits_sha256",
+            "training_seconds",
+            *columns,
+            *(f"metrics.{n}" for n in metrics),
+        ]
+    )
     for m in members:
         start = [m.run_id, m.label, m.splits_sha256, f"{m.training_seconds:.1f}"]
         values = [repr(m.metrics[name]) if name in m.metrics else "" for name in metrics]
@@ -190,33 +206,23 @@ def draw(members: Sequence[Member], result: Together | None, folder: Path) -> li
         return folder / name
 
     comparison_figures.per_class(
-        {m.label: recall_of(m) for m in members},
-        np.array(first.pool_counts),
+        {m.label: (recall_of(m), np.array(m.pool_counts)) for m in members},
         TAIL_AT_MOST,
         picture("per_class.png", "Recall of argmax f on test_balanced over class frequency."),
     )
-    groups = first.groups
-    if all(bool(groups[name].any()) for name in ("head", "tail")):
-        keys = ("test_balanced/head_accuracy", "test_balanced/tail_accuracy")
-        if result is not None and result.deployment == "uniform":
-            plane = {
-                m.label: [tuple(m.metrics[k] for k in keys), head_and_tail(result, m.label)]
-                for m in members
-            }
-            stars = {n: head_and_tail(result, n) for n in result.labels[len(members) :]}
-        else:
-            plane = {m.label: [tuple(m.metrics[k] for k in keys)] for m in members}
-            stars = {}
-        comparison_figures.head_tail_plane(
-            plane,
-            stars,
-            float(groups["head"].double().mean()),
-            "Head against tail on test_balanced",
-            picture(
-                "head_tail.png",
-                "The trade-off between head and tail; up and to the right is better.",
-            ),
-        )
+    if len({m.pool_counts for m in members}) == 1:  # else head and tail are other classes
+        plane, stars, title = head_tail_points(members, result)
+        if plane:
+            comparison_figures.head_tail_plane(
+                plane,
+                stars,
+                float(first.groups["head"].double().mean()),
+                title,
+                picture(
+                    "head_tail.png",
+                    "The trade-off between head and tail; up and to the right is better.",
+                ),
+            )
     if result is None:
         return drawn
     titled = f"{result.deployment} prior, {result.split}"
@@ -245,8 +251,24 @@ def draw(members: Sequence[Member], result: Together | None, folder: Path) -> li
     return drawn
 
 
-def head_and_tail(result: Together, label: str) -> tuple[float, float]:
-    return result.metrics[label]["head_accuracy"], result.metrics[label]["tail_accuracy"]
+def head_tail_points(
+    members: Sequence[Member], result: Together | None
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, tuple[float, float]], str]:
+    """Points of members and of ensembles, those that have both figures, and the title."""
+
+    def point(metrics: Mapping[str, float], prefix: str = "") -> list[tuple[float, float]]:
+        head, tail = (metrics.get(f"{prefix}{group}_accuracy") for group in ("head", "tail"))
+        return [] if head is None or tail is None else [(head, tail)]
+
+    title = "Head against tail on test_balanced"
+    plane = {m.label: point(m.metrics, "test_balanced/") for m in members}
+    stars = {}
+    if result is not None and result.deployment == "uniform":
+        title += " (adjusted and ensembles: uniform prior)"
+        plane = {label: p + point(result.metrics[label]) for label, p in plane.items()}
+        ensembles = {n: point(result.metrics[n]) for n in result.labels[len(members) :]}
+        stars = {n: p[0] for n, p in ensembles.items() if p}
+    return {label: p for label, p in plane.items() if p}, stars, title
 
 
 # --- the record -------------------------------------------------------------------------------
@@ -254,9 +276,9 @@ def head_and_tail(result: Together, label: str) -> tuple[float, float]:
 
 def record_comparison(
     run: Run, members: Sequence[Member], result: Together | None, notice: str
-) -> str:
+) -> list[str]:
     """comparison/{report.md, table.csv, index.html, figures/*.png} and the metrics of the
-    ensembles, into `run`; returns the report.
+    ensembles, into `run`; returns the report in parts.
 
     result is None where the experts are of different splits: then there is the table alone, with
     the figures that need no common rows.
@@ -268,8 +290,8 @@ def record_comparison(
         for picture in drawn:
             run.upload(Path(scratch) / picture.name, "comparison/figures")
         page = html_page(title, notice, sections, drawn, Path(scratch))
-    text = markdown(title, notice, sections)
-    run.write_text("comparison/report.md", text)
+    parts = markdown(title, notice, sections)
+    run.write_text("comparison/report.md", "\n\n".join(parts) + "\n")
     run.write_text("comparison/table.csv", as_csv(members))
     run.write_text(PAGE, page)
     if result is not None:
@@ -281,7 +303,7 @@ def record_comparison(
             },
             step=0,
         )
-    return text
+    return parts
 
 
 def described(members: Sequence[Member], result: Together | None) -> list[Section]:
@@ -290,8 +312,10 @@ def described(members: Sequence[Member], result: Together | None) -> list[Sectio
     sections = [
         Section(
             "Experts",
-            "Accuracies are of argmax f, means over classes ± standard error of the test images; "
-            "the best of a row is marked. T does not touch them.",
+            "Accuracies are of argmax f, which T does not touch: over images in the first row of "
+            "a split, below it means over classes ± standard error of the test images. Adjusted "
+            "ones, NLL and ECE are of the calibrated scores under the split's own deployment "
+            "prior. The best of a row is marked.",
             ("measure", *labels),
             expert_rows(members),
         )
@@ -338,13 +362,13 @@ def described(members: Sequence[Member], result: Together | None) -> list[Sectio
     return sections
 
 
-def markdown(title: str, notice: str, sections: Sequence[Section]) -> str:
+def markdown(title: str, notice: str, sections: Sequence[Section]) -> list[str]:
+    """The title, then a part a section."""
     parts = [f"{notice}## {title}"]
     for name, words, header, rows in sections:
-        parts.append(f"### {name}")
-        parts += [words] if words else []
-        parts += [as_markdown(header, rows)] if rows else []
-    return "\n\n".join(parts) + "\n"
+        pieces = [f"### {name}", words, as_markdown(header, rows) if rows else ""]
+        parts.append("\n\n".join(piece for piece in pieces if piece))
+    return parts
 
 
 STYLE = """
@@ -398,7 +422,7 @@ def figure_html(picture: Picture, folder: Path) -> str:
     )
 
 
-def describe_comparison(run: Run, text: str) -> None:
+def describe_comparison(run: Run, parts: Sequence[str]) -> None:
     """The report as the page of the run, with the way to the pictures."""
-    page = link_to_artifact(run, PAGE)
-    run.describe(f"[With figures, on one page]({page})\n\n{text}")
+    page = f"[With figures, on one page]({link_to_artifact(run, PAGE)})"
+    run.describe(report.fitting([page, *parts], "More in comparison/report.md."))

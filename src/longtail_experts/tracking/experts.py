@@ -445,7 +445,7 @@ def describe_parent(
         rows.append([f"{loss}: FAILED ({reason.replace('|', '/')})", *["-"] * 9])
     header = ("test_balanced, %", *report.ACCURACIES, "T")
     text = f"{notice(config)}{report.table(header, rows)}"
-    if len(children) > 1:
+    if len(children) > 1 and "compare" not in failures:
         page = link_to_artifact(parent, "comparison/index.html")
         text += f"\n\n[The experts compared, and their ensembles, with figures]({page})"
     parent.describe(text)

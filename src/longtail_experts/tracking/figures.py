@@ -28,11 +28,11 @@ STYLE = {
 
 
 def new_axes(
-    columns: int = 1, width: float = 7.0, height: float = 4.0
+    columns: int = 1, width: float = 7.0, height: float = 4.0, rows: int = 1
 ) -> tuple[Figure, list[Axes]]:
     plt.rcParams.update(STYLE)
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
-    return figure, list(axes[0])
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    return figure, list(axes.flat)
 
 
 def plain_numbers_on_log_axis(axis: Axis) -> None:
@@ -112,8 +112,12 @@ def reliability(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> N
     The bins are (images, confidence, accuracy); empty ones are not drawn, and the size of a
     marker grows with its share of the images.
     """
-    figure, axes = new_axes(len(panels), 5.0 * len(panels), 4.6)
-    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    figure, axes = new_axes(columns, 5.0 * columns, 4.6 * rows, rows)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    for ax, (title, curves) in zip(axes, panels.items(), strict=False):
         ax.plot([0, 100], [0, 100], color=BEFORE, lw=1, ls="--")
         for (label, bins), colour, marker in zip(
             curves.items(), (TAIL, HEAD), ("s", "o"), strict=False

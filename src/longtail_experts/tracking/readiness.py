@@ -13,7 +13,6 @@ from longtail_experts.learning.rules import Finding, blocking, megabytes
 from longtail_experts.tracking import experts, report
 from longtail_experts.tracking.runs import Run
 
-LONGEST_DESCRIPTION = 8000  # characters that MLflow keeps of a tag
 NUM_LOSSES = len(LOSS_NAMES)
 
 
@@ -24,17 +23,9 @@ def record(
     parts = [opening, *(f"## {title}\n\n{text}" for title, text in sections.items())]
     whole = "\n\n".join(parts)
     run.write_text("report.md", whole + "\n")
-    run.describe("\n\n".join(fitting(parts)))
+    run.describe(report.fitting(parts, "More in report.md."))
     run.log_params(config.as_text() | {"splits_sha256": data.splits.sha256})
     print(whole)
-
-
-def fitting(parts: Sequence[str]) -> list[str]:
-    """As many parts from the first on as MLflow keeps of a description."""
-    kept, more = list(parts), "More in report.md."
-    while len("\n\n".join([*kept, more])) > LONGEST_DESCRIPTION:
-        kept.pop()
-    return kept if len(kept) == len(parts) else [*kept, more]
 
 
 def verdict(
@@ -115,8 +106,8 @@ def machine_section(
     return (
         f"{report.table((f'memory on {config.device}', 'needed'), needed)}\n\n"
         f"{megabytes(free)} are free. Activations at batch {config.batch_size}, {config.precision},"
-        " measured on this network as what the backward pass keeps; workspace of the libraries "
-        "comes on top.\n\n"
+        " measured on this network as what the backward pass keeps; the libraries' workspace is "
+        "taken as half of that.\n\n"
         f"{report.table(('on disk', 'one expert', 'all three'), written)}"
     )
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import mlflow
 import numpy as np
-from mlflow.exceptions import MlflowException
 
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.logits import SplitLogits, read_logits
@@ -29,18 +28,19 @@ def register(run: Run, name: str) -> None:
     """A new version of the registered model `name`, made of the run's expert; champion where it
     is the first, or better on val_lt than the champion on the same splits.
 
-    A run that is registered under that name already is left alone. Where the store cannot
-    register it, a warning says how to do so later: a finished expert does not fail for that.
+    A run whose registration was completed before is left alone; one that was cut off goes on.
+    Whatever fails, a warning says how to repeat it: a finished expert does not fail for that.
     """
     try:
         outcome = _register(run, name)
-    except (MlflowException, RunError) as error:
+    except Exception as error:
         log.warning(
-            'register_as=%s: not registered (%s); later: python -c "import mlflow; '
-            "mlflow.register_model('models:/%s', '%s')\"",
+            "register_as=%s: not registered (%s); to repeat it, in the project's folder: "
+            'PYTHONPATH=src python -c "from longtail_experts.tracking import registry, runs; '
+            "registry.register(runs.open_run('%s'), '%s')\"",
             name,
             first_line(error)[:200],
-            model_id_of(run),
+            run.run_id,
             name,
         )
         return
@@ -50,13 +50,17 @@ def register(run: Run, name: str) -> None:
 
 def _register(run: Run, name: str) -> str | None:
     """What came of it, in words; nothing where the run was registered before."""
+    if run.tags.get("registered_as", "").rpartition("/")[0] == name:
+        return None
     client = run.client
     if not client.search_registered_models(f"name = '{name}'", max_results=1):
         client.create_registered_model(name)
-    if client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
-        return None
-    model = f"models:/{model_id_of(run)}"
-    version = mlflow.register_model(model, name, await_registration_for=0).version
+    begun = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
+    if begun:
+        version = begun[0].version
+    else:
+        model = f"models:/{model_id_of(run)}"
+        version = mlflow.register_model(model, name, await_registration_for=0).version
     outcome, difference = challenge(run, name)
     if outcome.is_champion:
         client.set_registered_model_alias(name, CHAMPION, version)
@@ -75,11 +79,15 @@ class Outcome(NamedTuple):
 
 def challenge(run: Run, name: str) -> tuple[Outcome, Difference | None]:
     """Whether the run's expert is to be champion, in words, and by how much it differs."""
-    try:
-        reigning = run.plain_client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
+    aliases = run.client.get_registered_model(name).aliases
+    if CHAMPION not in aliases:
         return Outcome(True, f"its first {CHAMPION}"), None
+    reigning = run.client.get_model_version(name, aliases[CHAMPION])
+    if reigning.run_id == run.run_id:
+        return Outcome(True, f"its {CHAMPION} already"), None
     try:
+        if not reigning.run_id:
+            raise RunError("it was registered without one")
         champion = open_run(reigning.run_id)
         same_splits = champion.params.get("splits_sha256") == run.params.get("splits_sha256")
         theirs = champion.metrics[JUDGED_BY]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+LONGEST_DESCRIPTION = 8000  # characters that MLflow keeps of a tag
 ENDINGS = ("_uncalibrated", "")
 ACCURACIES = ("accuracy", "balanced", "head", "tail", "many", "medium", "few", "adjusted balanced")
 
@@ -115,3 +116,12 @@ def calibration_markdown(metrics: Mapping[str, float]) -> str:
         f"Temperature {metrics['temperature']:.4f} (95 % interval "
         f"{metrics['temperature_low']:.3f} to {metrics['temperature_high']:.3f})."
     )
+
+
+def fitting(parts: Sequence[str], more: str) -> str:
+    """As many whole parts, from the first on, as MLflow keeps of a description; then `more`
+    where some are left out."""
+    kept = list(parts)
+    while len("\n\n".join([*kept, more])) > LONGEST_DESCRIPTION:
+        kept.pop()
+    return "\n\n".join(kept if len(kept) == len(parts) else [*kept, more])

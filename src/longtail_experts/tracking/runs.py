@@ -8,6 +8,7 @@ import getpass
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -168,6 +169,12 @@ class Run:
         return self.client.get_run(self.run_id).info.status
 
     @property
+    def seconds(self) -> float:
+        """From its start to its end; nan while it runs."""
+        info = self.client.get_run(self.run_id).info
+        return (info.end_time - info.start_time) / 1000 if info.end_time else math.nan
+
+    @property
     def experiment_id(self) -> str:
         return self.client.get_run(self.run_id).info.experiment_id
 
@@ -212,16 +219,26 @@ def _store_at_fault(what: str) -> Iterator[None]:
     """At the first contact, whatever MLflow, its database or the disk raises."""
     try:
         yield
+    except RunError:
+        raise
     except Exception as error:
         raise StoreError(f"{what}: {first_line(error)}") from None
+
+
+@contextmanager
+def store_to_read() -> Iterator[mlflow.MlflowClient]:
+    """A client for a look around; StoreError where the store cannot be read."""
+    uri = mlflow.get_tracking_uri()
+    with _store_at_fault(f"the store {uri} cannot be read"), _first_contact(uri):
+        yield mlflow.MlflowClient()
 
 
 def open_run(run_id: str) -> Run:
     """A run that exists; raises RunError where the store has none of that id."""
     uri = mlflow.get_tracking_uri()
-    with _store_at_fault(f"the store {uri} cannot be read"), _first_contact(uri):
-        run = Run(run_id)
-        run.plain_client.search_experiments(max_results=1)
+    with store_to_read() as client:
+        client.search_experiments(max_results=1)
+    run = Run(run_id)
     try:
         stage = run.client.get_run(run_id).info.lifecycle_stage
     except MlflowException:

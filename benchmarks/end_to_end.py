@@ -1,0 +1,87 @@
+"""Where the time of one `main` goes.
+
+    python benchmarks/end_to_end.py --config demo
+    python benchmarks/end_to_end.py --config cifar100_lt --data_dir FOLDER --epochs 3 --json
+
+Takes the fields of `main`, runs it into a store of its own, and prints wall seconds: `import`,
+`data` (images and splits), `train` (steps), `validate`, `calibrate` (temperature, its interval,
+test figures), `export` (logits of all splits, the model), and `tracking`: all that is left, so
+that nothing spent on recording is missed.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BUCKETS = {
+    "data": (("inputs", "load_dataset"),),
+    "train": (("train", "train_epoch"), ("train", "start_training")),
+    "validate": (("train", "validate"),),
+    "calibrate": (("calibrate", "fit_temperature"), ("calibrate", "test_metrics")),
+    "export": (
+        ("calibrate", "split_logits"),
+        ("calibrate", "write_logits"),
+        ("calibrate", "balanced_accuracy_of"),
+        ("calibrate", "log_expert_model"),
+    ),
+}
+
+
+def timed(function: Callable[..., Any], bucket: str, seconds: Counter) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*arguments, **named)
+        finally:
+            seconds[bucket] += time.perf_counter() - started
+
+    return call
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    as_json = "--json" in arguments
+    arguments = [os.path.abspath(a) if os.path.exists(a) else a for a in arguments if a != "--json"]
+    seconds: Counter = Counter()
+    started = time.perf_counter()
+    from longtail_experts import cli
+    from longtail_experts.stages import calibrate, inputs, train
+
+    seconds["import"] = time.perf_counter() - started
+    modules = {"calibrate": calibrate, "inputs": inputs, "train": train}
+    for bucket, functions in BUCKETS.items():
+        for module, name in functions:
+            plain = getattr(modules[module], name)
+            setattr(modules[module], name, timed(plain, bucket, seconds))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder) / 'mlflow.db'}"
+        os.environ.setdefault("LONGTAIL_CACHE_DIR", os.path.abspath(".cache"))
+        home = os.getcwd()
+        os.chdir(folder)
+        begun = time.perf_counter()
+        code = cli.main(["main", *arguments])
+        total = time.perf_counter() - begun
+        os.chdir(home)
+    if code:
+        return code
+    seconds["tracking"] = total - sum(seconds[bucket] for bucket in BUCKETS)
+    found = {name: round(seconds[name], 2) for name in ("import", *BUCKETS, "tracking")}
+    found["total"] = round(seconds["import"] + total, 2)
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    for name, value in found.items():
+        print(f"{name:10} {value:9.2f} s {100 * value / found['total']:6.1f} %")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,213 @@
+"""Training throughput: the loop that a torchvision user would write, beside this project's.
+
+    python benchmarks/throughput.py                          # generated images
+    python benchmarks/throughput.py --data_dir FOLDER --json # CIFAR-100; one JSON object
+
+Both train the same ResNet-32 on the same images with the same batch size on the same device, in
+turns of `--steps` steps, `--n` turns each, after steps that are not counted. The plain loop:
+`DataLoader` with two workers, PIL transforms, eager float32, `torch.optim.SGD` as it comes. This
+project's: what `main` would run for a training of `--planned_images` (compiled steps only where
+that is long enough to repay them); what compiling took is reported beside the rate.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from longtail_experts.config import make_config
+from longtail_experts.data.batches import MEAN, STD, augmented_batches, draw_epoch, pad
+from longtail_experts.data.dataset import Dataset
+from longtail_experts.learning.resnet import build_resnet32
+from longtail_experts.learning.step import start_training, train_step
+from longtail_experts.stages.inputs import load_dataset, resolve
+
+FULL_RECIPE = 256 * 8677  # images
+WARM_UP = 3  # steps at the beginning of a turn
+
+
+class AsPictures(torch.utils.data.Dataset):
+    def __init__(self, pixels: Tensor, targets: Tensor):
+        self.pictures = [Image.fromarray(p) for p in pixels.numpy()]
+        self.targets = targets.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.pictures[index]), self.targets[index]
+
+
+class PlainLoop:
+    def __init__(self, data: Dataset, batch_size: int, device: str):
+        self.device = device
+        self.loader = DataLoader(
+            AsPictures(data.pixels("train"), data.targets("train")),
+            batch_size=batch_size,
+            shuffle=True,
+            num_workers=2,
+            drop_last=True,
+            pin_memory=device == "cuda",
+        )
+        self.model = build_resnet32(data.num_classes, "projection", 0).to(device).train()
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4
+        )
+        self.loss = nn.CrossEntropyLoss()
+
+    def steps(self) -> Iterator[None]:
+        for images, targets in self.loader:
+            images, targets = images.to(self.device), targets.to(self.device)
+            self.optimizer.zero_grad()
+            loss = self.loss(self.model(images), targets)
+            loss.backward()
+            self.optimizer.step()
+            yield
+
+
+class OurLoop:
+    def __init__(self, data: Dataset, batch_size: int, device: str, precision: str, planned: int):
+        model = build_resnet32(data.num_classes, "projection", 0)
+        started = time.perf_counter()
+        self.state = start_training(
+            model,
+            lr=0.01,
+            momentum=0.9,
+            weight_decay=1e-4,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            planned_images=planned,
+        )
+        self.seconds_to_compile = time.perf_counter() - started
+        self.state.model.train()
+        self.padded = pad(data.pixels("train")).to(device)
+        self.targets = data.targets("train").to(device)
+        self.shift = torch.zeros(data.num_classes, device=device)
+        self.batch_size, self.device, self.precision = batch_size, device, precision
+        self.epoch = 0
+
+    def steps(self) -> Iterator[None]:
+        self.epoch += 1
+        draws = draw_epoch(len(self.targets), 0, self.epoch, self.device)
+        for images, targets in augmented_batches(self.padded, self.targets, draws, self.batch_size):
+            train_step(self.state, images, targets, self.shift, 0.01, self.precision)
+            yield
+
+
+def rate(loop: PlainLoop | OurLoop, num_steps: int, batch_size: int, device: str) -> float:
+    """Images a second over `num_steps` steps, after the first few of a new epoch."""
+    steps = loop.steps()
+    for _ in range(WARM_UP):
+        next(steps)
+    wait_for(device)
+    started = time.perf_counter()
+    for _ in range(num_steps):
+        next(steps)
+    wait_for(device)
+    seconds = time.perf_counter() - started
+    steps.close()  # ends the workers: they would slow the other loop's turn
+    return num_steps * batch_size / seconds
+
+
+def wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: allocated on the GPU, else resident in this process; of both loops together."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
+    source = (
+        {"source": "cifar100", "data_dir": options.data_dir}
+        if options.data_dir
+        else {
+            "source": "synthetic",
+            "data_dir": None,
+        }
+    )
+    config = resolve(make_config({**source, "device": options.device}))
+    data = load_dataset(config)
+    most = data.size("train") // options.batch_size - 1
+    if not 0 < options.steps + WARM_UP <= most:
+        raise SystemExit(
+            f"error: --steps={options.steps}: an epoch has {most} full batches, {WARM_UP} of which "
+            f"are not counted; give 1 to {most - WARM_UP}"
+        )
+    ours = OurLoop(
+        data, options.batch_size, config.device, config.precision, options.planned_images
+    )
+    plain = PlainLoop(data, options.batch_size, config.device)
+    rates: dict[str, list[float]] = {"": [], "plain_": []}
+    for _ in range(options.n):
+        for name, loop in (("plain_", plain), ("", ours)):
+            rates[name].append(rate(loop, options.steps, options.batch_size, config.device))
+    found: dict[str, float | int | str] = {
+        "device": torch.cuda.get_device_name() if config.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": config.precision,
+        "step_path": ours.state.path,
+        "n": options.n,
+        "steps": options.steps,
+    }
+    for name, values in rates.items():
+        key = f"{name}images_per_second"
+        found |= {key: statistics.median(values), f"{key}_min": min(values)}
+        found[f"{key}_max"] = max(values)
+    middle = float(found["images_per_second"])
+    return found | {
+        "ratio": middle / float(found["plain_images_per_second"]),
+        "ms_per_step": 1000 * options.batch_size / middle,
+        "seconds_to_compile": ours.seconds_to_compile,
+        "peak_memory_bytes": peak_memory(config.device),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_dir", help="folder with CIFAR-100; without: generated images")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--n", type=int, default=5, help="turns of each loop")
+    parser.add_argument("--steps", type=int, default=20, help="counted in a turn")
+    parser.add_argument(
+        "--planned_images",
+        type=int,
+        default=FULL_RECIPE,
+        help="length of the training that this stands for; 0: one too short to compile for",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    found = measure(options)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:32} {value:,.2f}" if isinstance(value, float) else f"{name:32} {value}")
+
+
+if __name__ == "__main__":
+    main()
