@@ -41,7 +41,12 @@ def test_lr_against_the_batch(lr, batch_size, warmup_steps, verdict, says):
         (68, {"epochs": 1}, "ok", ""),
         (96 * 68, {}, "ok", "96 x one epoch"),
         (96 * 68 + 1, {}, "blocking", "the first milestone comes at step 6,528"),
-        (69, {"epochs": 1, "milestones": ()}, "warning", "the training ends comes"),
+        (
+            69,
+            {"epochs": 1, "milestones": ()},
+            "warning",
+            "the end of the training comes at step 68",
+        ),
         (300 * 68, {"milestones": ()}, "blocking", "17,408"),
         (300 * 68, {"milestones": (400,)}, "blocking", "17,408"),
     ],
