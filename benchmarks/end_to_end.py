@@ -21,7 +21,7 @@ from typing import Any
 
 BUCKETS = {
     "data": (("inputs", "load_dataset"),),
-    "train": (("train", "train_epoch"), ("train", "start_training")),
+    "train": (("train", "train_epoch"), ("train", "state_before_training")),
     "validate": (("train", "validate"),),
     "calibrate": (("calibrate", "fit_temperature"), ("calibrate", "test_metrics")),
     "export": (

@@ -14,7 +14,7 @@ from longtail_experts.data.sources import DataError, load_images
 from longtail_experts.data.splits import make_splits
 from longtail_experts.learning.losses import LOSSES
 from longtail_experts.learning.schedule import lr_at
-from longtail_experts.learning.step import has_bf16_instructions
+from longtail_experts.learning.step import TrainState, has_bf16_instructions, start_training
 from longtail_experts.tracking.runs import RunError
 
 # What may differ between the parts of one training: where the images lie, what computes, what is
@@ -86,6 +86,21 @@ def schedule_of(config: Config, steps_per_epoch: int) -> partial:
 def train_shift(config: Config, data: Dataset) -> torch.Tensor:
     """float32 [C], what the loss adds to the logits in training."""
     return LOSSES[config.loss].train_shift(data.class_counts("train"), config.tau).float()
+
+
+def state_before_training(model: torch.nn.Module, config: Config, data: Dataset) -> TrainState:
+    """Compiled where a training of this config is long enough to repay it."""
+    return start_training(
+        model,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        device=config.device,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        planned_images=config.epochs * data.size("train"),
+        fast=config.fast,
+    )
 
 
 def require_same_fields(

@@ -21,11 +21,11 @@ from longtail_experts.learning.loss_behaviour import LossBehaviour, loss_behavio
 from longtail_experts.learning.resnet import build_resnet32, num_parameters
 from longtail_experts.learning.rules import Finding, blocking, num_validations, room_rule
 from longtail_experts.learning.schedule import lr_by_epoch
-from longtail_experts.learning.step import start_training
 from longtail_experts.stages.checks import NotReadyError, cheap_findings, not_ready, num_experts
 from longtail_experts.stages.inputs import (
     for_one_expert,
     schedule_of,
+    state_before_training,
     steps_an_epoch,
     train_shift,
 )
@@ -116,17 +116,7 @@ def work_of_one(config: Config, data: Dataset) -> Work:
 
 def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace, str]:
     """The pace of one batch of real images, and by which code ("plain" or "compiled")."""
-    state = start_training(
-        model,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        device=config.device,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        planned_images=config.epochs * data.size("train"),
-        fast=config.fast,
-    )
+    state = state_before_training(model, config, data)
     images = next(plain_batches(data.pixels("train"), config.batch_size, config.device))
     targets = data.targets("train")[: len(images)].to(config.device)
     shift = train_shift(config, data).to(config.device)

@@ -34,13 +34,13 @@ from longtail_experts.learning.step import (
     NonFiniteLossError,
     TrainState,
     predict_logits,
-    start_training,
     train_epoch,
 )
 from longtail_experts.stages.inputs import (
     for_one_expert,
     require_same_fields,
     schedule_of,
+    state_before_training,
     steps_an_epoch,
     train_shift,
 )
@@ -78,7 +78,6 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
     Ctrl-C and SIGTERM are acted on after the step under way, with a checkpoint of that step.
     Raises NonFiniteLossError at the step where the loss stops being a number.
     """
-    num_images = data.size("train")
     steps_per_epoch = steps_an_epoch(config, data)
     lr_of = schedule_of(config, steps_per_epoch)
     model = build_resnet32(data.num_classes, config.shortcut, config.expert_seed)
@@ -86,17 +85,7 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
         checkpoint = recorder.latest()
         if checkpoint is None:
             record_beginning(run_, recorder, config, data, model, lr_of)
-        state = start_training(
-            model,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            device=config.device,
-            precision=config.precision,
-            batch_size=config.batch_size,
-            planned_images=config.epochs * num_images,
-            fast=config.fast,
-        )
+        state = state_before_training(model, config, data)
         run_.set_tags({"step_path": state.path})
         selection = Selection(config.early_stopping_patience, last_milestone(config))
         first_epoch = 0
