@@ -23,6 +23,8 @@ from longtail_experts.config import (
 )
 from longtail_experts.stages.interrupts import Terminated, raise_terminated
 
+log = logging.getLogger(__name__)
+
 ENTRY_POINTS = {
     "main": "train, calibrate and record one expert in one run (loss=all: three, as child runs)",
     "preflight": "the readiness report before hours are spent: knobs, data, memory, disk, time",
@@ -64,6 +66,8 @@ DEMO_BANNER = """\
 
 def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # Importing mlflow.pytorch sets the root to ERROR where nothing has been set before.
+    logging.getLogger("longtail_experts").setLevel(logging.WARNING)
     for level in (logging.WARNING, logging.ERROR):
         logging.addLevelName(level, logging.getLevelName(level).lower())
     signal.signal(signal.SIGTERM, raise_terminated)
@@ -188,9 +192,7 @@ def choose_config(name: str, overrides: dict[str, str]) -> tuple[Config, str | N
 def warn_about(config: Config) -> None:
     late = [m for m in config.milestones if m >= config.epochs]
     if late:
-        logging.warning(
-            "milestones=%s lie at or past epochs=%s and will not act", late, config.epochs
-        )
+        log.warning("milestones=%s lie at or past epochs=%s and will not act", late, config.epochs)
 
 
 # --- stages -----------------------------------------------------------------------------------
