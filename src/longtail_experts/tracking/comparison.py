@@ -49,7 +49,7 @@ class Member:
     def scores(self, split: str, deployment: Tensor, temperature: float | None = None) -> Tensor:
         """Log-posterior under the deployment prior q [C], float64 [N, C]; T of the expert."""
         return deployment_scores(
-            torch.tensor(self.expert.splits[split].logits),
+            self.logits(split),
             self.expert.temperature if temperature is None else temperature,
             torch.tensor(self.expert.log_offset),
             torch.tensor(self.expert.prior),
