@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-LOSS_NAMES = ("ce", "logit_adjust", "balanced_softmax")
+LOSS_NAMES = ("ce", "logit_adjust", "balanced_softmax")  # of loss=all
 
 
 class ConfigError(ValueError):
@@ -28,19 +28,45 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    loss: Literal["ce", "logit_adjust", "balanced_softmax", "all"] = Field(
-        "ce", description="what the expert is trained under; all: the three, one after another"
+    loss: Literal[
+        "ce",
+        "logit_adjust",
+        "balanced_softmax",
+        "class_balanced",
+        "focal",
+        "ldam_drw",
+        "all",
+    ] = Field(
+        "ce",
+        description="what the expert is trained under; all: ce, logit_adjust and "
+        "balanced_softmax, one after another",
     )
     tau: float = Field(1.0, ge=0, le=10, description="strength of logit_adjust (0 is ce)")
-    source: Literal["cifar100", "images", "synthetic"] = Field(
+    beta: float = Field(
+        0.9999, ge=0, lt=1, description="of the effective number (class_balanced, ldam_drw)"
+    )
+    gamma: float = Field(2.0, ge=0, le=10, description="focusing of focal (0 is ce)")
+    reweight_from: int | None = Field(
+        None,
+        ge=0,
+        le=10**9,
+        description="epoch from which ldam_drw weighs classes; none: the first milestone",
+    )
+    protocol: Literal["experts", "literature"] = Field(
+        "experts",
+        description="experts: six splits, checkpoint selected on val_lt, temperature on calib; "
+        "literature: train on the whole pool, test on all test images, last epoch, temperature "
+        "cross-fitted on the test images",
+    )
+    source: Literal["cifar100", "cifar10", "images", "synthetic"] = Field(
         "cifar100",
-        description="where images come from: CIFAR-100 (official files, parquet or download), "
-        "a folder train/<class>/*, test/<class>/*, or generated ones for demos",
+        description="where images come from: CIFAR-100 or CIFAR-10 (official files, parquet or "
+        "download), a folder train/<class>/*, test/<class>/*, or generated ones for demos",
     )
     data_dir: str | None = Field(
         "data",
         min_length=1,
-        description="folder with the images (cifar100 is downloaded there if it is empty)",
+        description="folder with the images (CIFAR is downloaded there if it is empty)",
     )
     imbalance_factor: float = Field(
         100.0, ge=1, le=1e6, description="largest class / smallest class of the training pool"
@@ -52,8 +78,14 @@ class Config(BaseModel):
     )
     images_per_class: Count | None = Field(
         None,
-        description="pool images of the largest class; none: 500, or a folder's largest class "
+        description="pool images of the largest class; none: all of a class of CIFAR (500, or "
+        "5,000 of CIFAR-10), or a folder's largest class "
         "(synthetic: also how many are generated)",
+    )
+    subset_rule: Literal["own", "ldam"] = Field(
+        "own",
+        description="which images of a class are in the pool: drawn by split_seed, or the subset "
+        "of LDAM's code (official files only)",
     )
     split_seed: Seed = Field(42, description="decides which image falls in which split")
     seed: Seed = Field(0, description="expert_seed is derived from it and the loss")
@@ -73,8 +105,18 @@ class Config(BaseModel):
         (96, 192, 224), description="epochs at which the learning rate is multiplied by lr_decay"
     )
     lr_decay: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
+    lr_schedule: Literal["milestones", "cosine"] = Field(
+        "milestones", description="how the rate falls: at milestones, or as a half cosine to 0"
+    )
     warmup_steps: int = Field(
         68, ge=0, le=10**9, description="steps of linear warm-up (68: one epoch of the full recipe)"
+    )
+    warmup_epochs: int = Field(
+        0,
+        ge=0,
+        le=10**6,
+        description="epochs of a warm-up in steps of whole epochs, as LDAM's code has it: lr * e / "
+        "warmup_epochs in epoch e = 1, 2, ...; needs warmup_steps=0",
     )
     validation_every: Count = Field(10, description="epochs between validations on val_lt")
     early_stopping_patience: Count | None = Field(
@@ -148,6 +190,34 @@ class Config(BaseModel):
             raise ConfigError(
                 f"expert_seed={self.expert_seed}: with loss=all each expert has its own; "
                 "give seed, from which they are derived"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_warm_up(self) -> "Config":
+        if self.warmup_epochs and self.warmup_steps > 1:
+            raise ConfigError(
+                f"warmup_epochs={self.warmup_epochs}: there is warmup_steps={self.warmup_steps} "
+                "already; give one of them and 0 for the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _protocol_fits(self) -> "Config":
+        if self.protocol == "literature" and self.early_stopping_patience is not None:
+            raise ConfigError(
+                f"early_stopping_patience={self.early_stopping_patience}: protocol=literature has "
+                "no validation split to stop by; give none"
+            )
+        if self.protocol == "literature" and self.register_as is not None:
+            raise ConfigError(
+                f"register_as={self.register_as}: a champion is chosen on val_lt, which "
+                "protocol=literature does not have; give none"
+            )
+        if self.subset_rule == "ldam" and self.source not in ("cifar100", "cifar10"):
+            raise ConfigError(
+                f"subset_rule=ldam: is a subset of CIFAR's official files, not of source="
+                f"{self.source}; give own"
             )
         return self
 

@@ -12,7 +12,7 @@ from longtail_experts.learning.calibration import (
     scores,
     slope_per_image,
 )
-from longtail_experts.learning.losses import LOSSES
+from longtail_experts.learning.losses import LOSSES, Knobs
 
 CLASSES = 5
 NO_OFFSET = torch.zeros(CLASSES, dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_deployment_scores_are_bayes_rule(name, tau, temperature, deployment):
     kept = {"ce": 1.0, "logit_adjust": 1 - tau, "balanced_softmax": 0.0}[name]
     per_image = torch.tensor([[1.0], [-2.0], [0.0]])
     f = temperature * (torch.tensor(LIKELIHOOD).log() + kept * prior.log() + per_image)
-    offset = LOSSES[name].log_offset(COUNTS, tau)
+    offset = LOSSES[name].log_offset(COUNTS, Knobs(tau=tau))
     q = torch.tensor(deployment, dtype=torch.float64)
     posterior = deployment_scores(f, temperature, offset, prior, q).softmax(1).numpy()
     np.testing.assert_allclose(posterior, bayes(LIKELIHOOD, np.array(deployment)), rtol=1e-9)

@@ -22,7 +22,7 @@ from longtail_experts.learning.losses import LOSSES, prior_of
 from longtail_experts.learning.metrics import mean_over, per_class_recall
 from longtail_experts.learning.resnet import ResNet32
 from longtail_experts.learning.step import predict_logits
-from longtail_experts.stages.inputs import load_dataset, resolve
+from longtail_experts.stages.inputs import load_dataset, log_offset_of, resolve
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
 from longtail_experts.tracking.logits import SplitLogits, is_calibrated, write_logits
@@ -83,7 +83,7 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     logits = split_logits(trained.best_network, config, data)
     counts = data.class_counts("train")
     prior = prior_of(counts)
-    log_offset = LOSSES[config.loss].log_offset(counts, config.tau)
+    log_offset = log_offset_of(config, data)
     temperature = fit_temperature(
         logits["calib"], data.targets("calib"), log_offset, bootstrap_seed=config.split_seed
     )
@@ -120,7 +120,7 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
 
 def load_network(weights: dict[str, Tensor], config: Config, data: Dataset) -> nn.Module:
     """The network of a checkpoint, on the device; RunError where they do not fit."""
-    network = ResNet32(data.num_classes, config.shortcut)
+    network = ResNet32(data.num_classes, config.shortcut, LOSSES[config.loss].head)
     try:
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:

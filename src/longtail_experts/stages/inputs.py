@@ -12,7 +12,8 @@ from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import DataError, load_images
 from longtail_experts.data.splits import make_splits
-from longtail_experts.learning.losses import LOSSES
+from longtail_experts.learning.losses import LOSSES, Knobs, Objective, objective_of
+from longtail_experts.learning.resnet import ResNet32, build_resnet32
 from longtail_experts.learning.schedule import lr_at
 from longtail_experts.learning.step import TrainState, has_bf16_instructions, start_training
 from longtail_experts.tracking.runs import RunError
@@ -80,12 +81,38 @@ def schedule_of(config: Config, steps_per_epoch: int) -> partial:
         milestones=config.milestones,
         warmup_steps=config.warmup_steps,
         steps_per_epoch=steps_per_epoch,
+        warmup_epochs=config.warmup_epochs,
+        cosine_epochs=config.epochs if config.lr_schedule == "cosine" else None,
     )
 
 
-def train_shift(config: Config, data: Dataset) -> torch.Tensor:
-    """float32 [C], what the loss adds to the logits in training."""
-    return LOSSES[config.loss].train_shift(data.class_counts("train"), config.tau).float()
+def knobs_of(config: Config) -> Knobs:
+    return Knobs(tau=config.tau, beta=config.beta, gamma=config.gamma)
+
+
+def log_offset_of(config: Config, data: Dataset) -> torch.Tensor:
+    """float64 [C]; f + log_offset is the log-posterior under the training prior."""
+    return LOSSES[config.loss].log_offset(data.class_counts("train"), knobs_of(config))
+
+
+def build_network(config: Config, data: Dataset) -> ResNet32:
+    """With the initial weights of the expert."""
+    head = LOSSES[config.loss].head
+    return build_resnet32(data.num_classes, config.shortcut, config.expert_seed, head)
+
+
+def objective_at(epoch: int, config: Config, data: Dataset, device: str | None = None) -> Objective:
+    """The loss as it is in an epoch, on a device: the config's, unless another is named."""
+    start = config.reweight_from
+    if start is None:
+        start = min(config.milestones, default=0)
+    return objective_of(
+        config.loss,
+        data.class_counts("train"),
+        knobs_of(config),
+        device or config.device,
+        is_reweighted=epoch >= start,
+    )
 
 
 def state_before_training(model: torch.nn.Module, config: Config, data: Dataset) -> TrainState:

@@ -18,16 +18,17 @@ from longtail_experts.learning.cost import (
     training_memory,
 )
 from longtail_experts.learning.loss_behaviour import LossBehaviour, loss_behaviour
-from longtail_experts.learning.resnet import build_resnet32, num_parameters
+from longtail_experts.learning.resnet import num_parameters
 from longtail_experts.learning.rules import Finding, blocking, num_validations, room_rule
 from longtail_experts.learning.schedule import lr_by_epoch
 from longtail_experts.stages.checks import NotReadyError, cheap_findings, not_ready, num_experts
 from longtail_experts.stages.inputs import (
+    build_network,
     for_one_expert,
+    objective_at,
     schedule_of,
     state_before_training,
     steps_an_epoch,
-    train_shift,
 )
 from longtail_experts.tracking import experts, readiness
 from longtail_experts.tracking.recorder import local_folder
@@ -41,7 +42,7 @@ def run(config: Config, data: Dataset) -> str:
     """
     with experts.start_preflight_run(config) as run_:
         expert = for_one_expert(config, LOSS_NAMES[0] if config.loss == "all" else config.loss)
-        model = build_resnet32(data.num_classes, config.shortcut, expert.expert_seed)
+        model = build_network(expert, data)
         behaviour = loss_behaviour(data.class_counts("train"), data.groups["head"], config.tau)
         memory = training_memory(
             model,
@@ -119,8 +120,8 @@ def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace
     state = state_before_training(model, config, data)
     images = next(plain_batches(data.pixels("train"), config.batch_size, config.device))
     targets = data.targets("train")[: len(images)].to(config.device)
-    shift = train_shift(config, data).to(config.device)
-    return measure_pace(state, images, targets, shift, config.precision), state.path
+    objective = objective_at(0, config, data)
+    return measure_pace(state, images, targets, objective, config.precision), state.path
 
 
 def machine_section(
