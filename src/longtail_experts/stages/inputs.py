@@ -38,9 +38,11 @@ def load_dataset(config: Config) -> Dataset:
         imbalance_factor=config.imbalance_factor,
         images_per_class=config.images_per_class,
         split_seed=config.split_seed,
+        protocol=config.protocol,
+        subset_rule=config.subset_rule,
     )
     for name in ("calib", "test_lt", "test_balanced"):
-        if len(splits.indices[name]) == 0:
+        if name in splits.indices and len(splits.indices[name]) == 0:
             raise DataError(
                 f"split {name} would be empty: {sum(splits.pool_counts)} pool images and "
                 f"{len(images.test_labels)} test images of {len(images.class_names)} classes are "
@@ -66,6 +68,11 @@ def for_one_expert(config: Config, loss: str) -> Config:
     seed = config.expert_seed
     seed = derive_seed(config.seed, loss) if seed is None else seed
     return config.replace(loss=loss, expert_seed=seed)
+
+
+def selects(config: Config) -> bool:
+    """Whether there is a validation split to choose a checkpoint by; else the last one stands."""
+    return config.protocol != "literature"
 
 
 def steps_an_epoch(config: Config, data: Dataset) -> int:

@@ -9,7 +9,6 @@ from torch import nn
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.batches import plain_batches
 from longtail_experts.data.dataset import Dataset
-from longtail_experts.data.splits import SPLITS
 from longtail_experts.learning.cost import (
     Pace,
     TrainingMemory,
@@ -27,6 +26,7 @@ from longtail_experts.stages.inputs import (
     for_one_expert,
     objective_at,
     schedule_of,
+    selects,
     state_before_training,
     steps_an_epoch,
 )
@@ -107,11 +107,12 @@ def theory_finding(behaviour: list[LossBehaviour]) -> Finding:
 
 def work_of_one(config: Config, data: Dataset) -> Work:
     """Images through the network; test_lt is cut out of test_balanced, which last.pt sees too."""
-    seen = sum(data.size(split) for split in SPLITS if split != "test_lt")
+    seen = sum(data.size(split) for split in data.split_names if split != "test_lt")
+    validations = num_validations(config.validation_every, config.epochs)
     return Work(
         training=config.epochs * data.size("train"),
-        validation=num_validations(config.validation_every, config.epochs) * data.size("val_lt"),
-        export=seen + data.size("test_balanced"),
+        validation=validations * data.size("val_lt") if selects(config) else 0,
+        export=seen + (data.size("test_balanced") if selects(config) else 0),
     )
 
 
@@ -127,7 +128,8 @@ def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace
 def machine_section(
     memory: TrainingMemory, free: int, config: Config, data: Dataset, model: nn.Module
 ) -> str:
-    num_rows, parameters = sum(data.size(split) for split in SPLITS), num_parameters(model)
+    num_rows = sum(data.size(split) for split in data.split_names)
+    parameters = num_parameters(model)
     output = {
         "logits of all splits": experts.logit_bytes(num_rows, data.num_classes),
         "checkpoints": experts.checkpoint_bytes(parameters),

@@ -24,7 +24,6 @@ from longtail_experts.data.batches import (
 )
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
-from longtail_experts.data.splits import SPLITS
 from longtail_experts.learning.cost import time_steps
 from longtail_experts.learning.losses import Objective
 from longtail_experts.learning.metrics import accuracies
@@ -42,6 +41,7 @@ from longtail_experts.stages.inputs import (
     objective_at,
     require_same_fields,
     schedule_of,
+    selects,
     state_before_training,
     steps_an_epoch,
 )
@@ -116,7 +116,7 @@ def record_beginning(
     lr_of: Callable[[int], float],
 ) -> None:
     """All that is known before the first step, after a look at the disk."""
-    num_rows = sum(data.size(split) for split in SPLITS)
+    num_rows = sum(data.size(split) for split in data.split_names)
     needed = experts.output_bytes(num_parameters(model), num_rows, data.num_classes, config.epochs)
     require_room(run_, recorder.folder, needed)
     experts.record_inputs(run_, config, data, num_parameters(model))
@@ -188,7 +188,8 @@ def train_epochs(
                 ("train/loss", mean_loss, step),
                 ("train/images_per_second", num_images / state.seconds, step),
             ]
-            if is_last or (epoch + 1) % config.validation_every == 0:
+            is_due = is_last or (epoch + 1) % config.validation_every == 0
+            if is_due and selects(config):
                 validation = validate(state, epoch, config, data)
                 points += [(f"val/{name}", value, step) for name, value in validation.items()]
                 if selection.chooses(validation["balanced_accuracy"], epoch, step, state.model):

@@ -242,7 +242,7 @@ class Together:
 def together(members: Sequence[Member], deployment: str) -> Together:
     """Every member converted to the deployment prior, then combined; same splits only."""
     first, split = members[0], DEPLOYMENTS[deployment]
-    targets, q = first.targets(split), prior_of_deployment(first, deployment)
+    q, targets = prior_of_deployment(first, deployment), first.targets(split)
     scores = {member.label: member.scores(split, q) for member in members}
     predictions = [values.argmax(1) for values in scores.values()]
     if len(members) > 1:
@@ -261,7 +261,13 @@ def together(members: Sequence[Member], deployment: str) -> Together:
 
 def prior_of_deployment(member: Member, deployment: str) -> Tensor:
     """q, float64 [C]."""
-    priors = deployment_priors(member.targets("test_lt"), len(member.expert.class_names))
+    lt = member.targets("test_lt") if "test_lt" in member.expert.splits else None
+    priors = deployment_priors(lt, len(member.expert.class_names))
+    if DEPLOYMENTS[deployment] not in priors:
+        raise RunError(
+            f"deployment={deployment}: run {member.run_id} has no split test_lt (protocol="
+            "literature); give uniform"
+        )
     return priors[DEPLOYMENTS[deployment]]
 
 
