@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from longtail_experts.config import Config, ConfigError
+from longtail_experts.data.augment import Augmentation
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import DataError, load_images
@@ -69,6 +70,10 @@ def for_one_expert(config: Config, loss: str) -> Config:
 
 def steps_an_epoch(config: Config, data: Dataset) -> int:
     return math.ceil(data.size("train") / config.batch_size)
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    return Augmentation(config.augmentation, config.cutout, config.mixup)
 
 
 def schedule_of(config: Config, steps_per_epoch: int) -> partial:
