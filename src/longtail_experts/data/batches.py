@@ -115,7 +115,7 @@ def augmented_batches(
         pixels = crop_and_flip(padded, index, top, left, flip)
         if operations.shape[1]:
             planes = apply_operations(pixels.permute(0, 3, 1, 2), operations)
-            pixels = planes.permute(0, 2, 3, 1)
+            pixels = planes.permute(0, 2, 3, 1).contiguous()
         images = cut_out(normalise(pixels), holes)
         own = targets[index]
         if share.shape[1]:
