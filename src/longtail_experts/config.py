@@ -98,6 +98,17 @@ class Config(BaseModel):
     )
     epochs: Count = Field(256, description="passes over the train split")
     batch_size: Count = Field(128, description="images a step; the last one of an epoch is short")
+    augmentation: Literal["plain", "autoaugment", "randaugment"] = Field(
+        "plain",
+        description="beside crop and flip: nothing, AutoAugment's policy for CIFAR-10, or "
+        "RandAugment (2 operations at level 9 of 30)",
+    )
+    cutout: int = Field(
+        0, ge=0, le=32, description="side in pixels of the square blanked in an image; 0: none"
+    )
+    mixup: float = Field(
+        0.0, ge=0, le=10, description="mix images and losses by shares of Beta(mixup, mixup); 0: no"
+    )
     lr: float = Field(0.4, gt=0, le=100, description="learning rate after warm-up")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, le=1, description="L2 penalty on all parameters")
@@ -182,6 +193,13 @@ class Config(BaseModel):
     def _increasing(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(later <= earlier for earlier, later in zip((0, *value), value, strict=False)):
             raise ValueError("must be positive epochs in increasing order, as in 96,192,224")
+        return value
+
+    @field_validator("mixup")
+    @classmethod
+    def _has_shares(cls, value: float) -> float:
+        if 0 < value < 1e-3:  # every share is 0 or 1, and in the end not a number
+            raise ValueError("must be 0 (off), or from 0.001 to 10")
         return value
 
     @model_validator(mode="after")

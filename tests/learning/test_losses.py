@@ -14,6 +14,7 @@ from longtail_experts.learning.losses import (
     Knobs,
     balancing_weights,
     ldam_margins,
+    mixed,
     objective_of,
     prior_of,
 )
@@ -337,3 +338,14 @@ def test_class_balanced_learns_the_posterior_times_its_weights():
 
 def test_which_offsets_are_exact():
     assert [name for name, loss in LOSSES.items() if not loss.is_exact] == ["focal", "ldam_drw"]
+
+
+def test_a_mixed_batch_has_the_mixture_of_two_losses():
+    """For cross-entropy that is the loss of mixed one-hot targets: Zhang et al., eq. 2."""
+    logits, own = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
+    partners, share = own.roll(1), torch.tensor(0.3)
+    objective = objective_of("ce", torch.tensor([5, 3, 1]), Knobs())
+    ours = mixed(objective, logits, (own, partners, share))
+    soft = 0.3 * F.one_hot(own, 3) + 0.7 * F.one_hot(partners, 3)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, soft))
+    assert mixed(objective, logits, own) == objective(logits, own)

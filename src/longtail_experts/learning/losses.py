@@ -119,6 +119,18 @@ def ldam(logits: Tensor, targets: Tensor, margins: Tensor, weights: Tensor) -> T
     return F.cross_entropy(lowered, targets, weight=weights)
 
 
+MixedTargets = tuple[Tensor, Tensor, Tensor]  # own [N], partners' [N], share [] of the own
+
+
+def mixed(objective: Objective, logits: Tensor, targets: Tensor | MixedTargets) -> Tensor:
+    """share * L(f, own) + (1 - share) * L(f, partners'): Zhang, Cisse, Dauphin, Lopez-Paz, *mixup*
+    (ICLR 2018), eq. 2 in the form of the authors' code, which is the same for cross-entropy."""
+    if isinstance(targets, Tensor):
+        return objective(logits, targets)
+    own, partners, share = targets
+    return share * objective(logits, own) + (1 - share) * objective(logits, partners)
+
+
 class Loss(NamedTuple):
     """`terms` and `log_offset` map (class_counts [C], knobs) to float64 tensors [C]."""
 

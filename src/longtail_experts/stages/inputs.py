@@ -8,11 +8,12 @@ from functools import partial
 import torch
 
 from longtail_experts.config import Config, ConfigError
+from longtail_experts.data.augment import Augmentation
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import DataError, load_images
 from longtail_experts.data.splits import make_splits
-from longtail_experts.learning.losses import LOSSES, Knobs, Objective, objective_of
+from longtail_experts.learning.losses import LOSSES, Knobs, Objective, mixed, objective_of
 from longtail_experts.learning.resnet import ResNet32, build_resnet32
 from longtail_experts.learning.schedule import lr_at
 from longtail_experts.learning.step import TrainState, has_bf16_instructions, start_training
@@ -79,6 +80,10 @@ def steps_an_epoch(config: Config, data: Dataset) -> int:
     return math.ceil(data.size("train") / config.batch_size)
 
 
+def augmentation_of(config: Config) -> Augmentation:
+    return Augmentation(config.augmentation, config.cutout, config.mixup)
+
+
 def schedule_of(config: Config, steps_per_epoch: int) -> partial:
     """step -> learning rate."""
     return partial(
@@ -109,17 +114,21 @@ def build_network(config: Config, data: Dataset) -> ResNet32:
 
 
 def objective_at(epoch: int, config: Config, data: Dataset, device: str | None = None) -> Objective:
-    """The loss as it is in an epoch, on a device: the config's, unless another is named."""
+    """The loss as it is in an epoch, on a device: the config's, unless another is named.
+
+    It takes plain targets, and with mixup those of a mixed batch as well.
+    """
     start = config.reweight_from
     if start is None:
         start = min(config.milestones, default=0)
-    return objective_of(
+    objective = objective_of(
         config.loss,
         data.class_counts("train"),
         knobs_of(config),
         device or config.device,
         is_reweighted=epoch >= start,
     )
+    return partial(mixed, objective) if config.mixup else objective
 
 
 def state_before_training(model: torch.nn.Module, config: Config, data: Dataset) -> TrainState:
@@ -144,10 +153,11 @@ def require_same_fields(
     but: Iterable[str] = MAY_CHANGE_ON_RESUME,
 ) -> None:
     """RunError that names every field in which two configs differ."""
+    known = Config().as_text() | dict(recorded)  # a field that is younger than the record
     different = [
-        f"{name}={value} (was {recorded.get(name)})"
+        f"{name}={value} (was {known.get(name)})"
         for name, value in asked.items()
-        if name not in but and recorded.get(name) != value
+        if name not in but and known.get(name) != value
     ]
     if different:
         raise RunError(

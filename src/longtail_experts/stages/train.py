@@ -36,6 +36,7 @@ from longtail_experts.learning.step import (
     train_epoch,
 )
 from longtail_experts.stages.inputs import (
+    augmentation_of,
     build_network,
     for_one_expert,
     objective_at,
@@ -168,7 +169,9 @@ def train_epochs(
         for epoch in range(first_epoch, config.epochs):
             if selection.is_over:
                 break
-            draws = draw_epoch(num_images, config.expert_seed, epoch, config.device)
+            draws = draw_epoch(
+                num_images, config.expert_seed, epoch, config.device, augmentation_of(config)
+            )
             seen = len(state.losses) * config.batch_size
             left = EpochDraws(*(values[seen:] for values in draws))
             batches = augmented_batches(padded, targets, left, config.batch_size)
@@ -348,7 +351,7 @@ def announce_cost(
     if num_images * num_epochs < 100_000:
         return
     trial = copy.deepcopy(state)
-    draws = draw_epoch(num_images, 0, 0, config.device)
+    draws = draw_epoch(num_images, 0, 0, config.device, augmentation_of(config))
     batches = augmented_batches(padded, targets, draws, config.batch_size)
     seconds = time_steps(trial, islice(batches, 6), objective, config.precision)
     minutes = seconds * num_images * num_epochs / 60
