@@ -103,8 +103,9 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
         if left and address == LOCAL:
             stack.enter_context(cluster(LOCAL, sweep.cpus_per_trial))
         name = f"sweep {sweep.config} over {', '.join(sweep.grid)}"
-        with sweeps.start_sweep_run(name[:200], sweep_sha256, existing) as parent:
-            sweeps.record_sweep(parent, sweep.to_yaml())
+        synthetic = any(job.config.source == "synthetic" for job in jobs)
+        with sweeps.start_sweep_run(name, sweep_sha256, synthetic, existing) as parent:
+            parent.write_text("sweep.yaml", sweep.to_yaml())
             try:
                 drive(parent, jobs, left, sweep, gpus)
             finally:

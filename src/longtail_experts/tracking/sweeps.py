@@ -10,6 +10,7 @@ import mlflow
 
 from longtail_experts.tracking import report, stale
 from longtail_experts.tracking.comparison import experiment_id
+from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
 from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.patience import PatientClient
 from longtail_experts.tracking.processes import is_alive, is_on_this_host, process_tags
@@ -157,17 +158,15 @@ def _runs(experiment: str | None, filter_: str) -> Iterator[mlflow.entities.Run]
 
 
 def start_sweep_run(
-    name: str, sweep_sha256: str, existing: Run | None
+    name: str, sweep_sha256: str, synthetic: bool, existing: Run | None
 ) -> AbstractContextManager[Run]:
-    """A new one, or `existing` once more."""
+    """A new one, or `existing` once more; named DEMO where a trial is on synthetic images."""
     tags = {"stage": "sweep", "sweep_sha256": sweep_sha256, "code_sha256": code_sha256()}
+    tags["demo"] = str(synthetic).lower()
     if existing is not None:
         tags["resumed"] = str(int(existing.tags.get("resumed", "0")) + 1)
+    name = f"DEMO {name}"[:200] if synthetic else name[:200]
     return start_run(name, {**tags, **git_tags(), **process_tags()}, existing=existing)
-
-
-def record_sweep(parent: Run, file: str) -> None:
-    parent.write_text("sweep.yaml", file)
 
 
 def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
@@ -193,7 +192,8 @@ def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
     if any(trial.state == "found" for trial in trials):
         notes.insert(0, "found: finished in the store before this sweep, and not repeated")
     listed = "\n".join(f"- {note}" for note in notes)
-    title = f"## {len(trials)} trials: {counts(trials)}"
+    notice = f"{SYNTHETIC_NOTICE}\n\n" if parent.tags.get("demo") == "true" else ""
+    title = f"{notice}## {len(trials)} trials: {counts(trials)}"
     text = "\n\n".join([title, report.table(header, rows, text_columns), listed]).rstrip()
     parent.write_text("report.md", text + "\n")
     shown = len(rows)
