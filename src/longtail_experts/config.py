@@ -5,6 +5,7 @@ are written `96,192,224`; off is `none`.
 """
 
 import difflib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,6 +14,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 LOSS_NAMES = ("ce", "logit_adjust", "balanced_softmax")  # of loss=all
+
+
+# What changes none of an expert's figures: where the images lie (splits_sha256 knows which they
+# are), what computes, what is checked before a training and where it is registered after it.
+CHANGES_NO_FIGURE = ("data_dir", "device", "preflight", "register_as")
 
 
 class ConfigError(ValueError):
@@ -247,6 +253,13 @@ class Config(BaseModel):
         """Every field as MLflow params, flags and YAML write it."""
         return {name: to_text(value) for name, value in self.model_dump().items()}
 
+    @property
+    def sha256(self) -> str:
+        """Of every field that can change a figure, as text; of one expert's resolved config it
+        says, with the splits' hash and that of the code, which training this is."""
+        lines = [f"{k}={v}\n" for k, v in self.as_text().items() if k not in CHANGES_NO_FIGURE]
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
     def to_yaml(self) -> str:
         values = self.model_dump()
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -308,20 +321,21 @@ def _one_line(error: ValidationError, values: Mapping[str, Any]) -> str:
     return f"{name}={shorten(given)}: {says} ({Config.model_fields[name].description})"
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, under: str = "configs", field: str = "config") -> Path:
     """The file of a config given by path or by bare name.
 
-    A bare name is looked up in ./configs, then in the copy that came with the package.
+    A bare name is looked up in ./configs, then in the copy that came with the package; sweep
+    files likewise, `under` configs/sweeps.
     """
     package = Path(__file__).resolve().parent
-    folders = (Path("configs"), package / "configs", package.parents[1] / "configs")
+    folders = (Path(under), package / under, package.parents[1] / under)
     candidates = [Path(name)] if name.endswith((".yaml", ".yml")) or "/" in name else []
     candidates += [folder / f"{name}.yaml" for folder in folders]
     for path in candidates:
         if _is_file(path):
             return path
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise ConfigError(f"config={shorten(name)}: no such file{nearest(name, known)}")
+    raise ConfigError(f"{field}={shorten(name)}: no such file{nearest(name, known)}")
 
 
 def _is_file(path: Path) -> bool:
@@ -335,16 +349,20 @@ MAX_RECIPE = 100_000  # characters
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
+    return parse_recipe(read_text(path, f"config={path}"), f"config={path}")
+
+
+def read_text(path: Path, what: str) -> str:
+    """At most MAX_RECIPE characters and one, which is too many."""
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_RECIPE + 1)
+            return file.read(MAX_RECIPE + 1)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"config={path}: cannot be read: {shorten(error, 200)}") from None
-    return parse_recipe(text, f"config={path}")
+        raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
 
 
-def parse_recipe(text: str, what: str) -> dict[str, Any]:
-    """`field: value` lines of YAML; a value is a word, a number, or a list of those."""
+def parse_mapping(text: str, what: str) -> dict[Any, Any]:
+    """What a YAML file of `name: value` lines holds, however deep."""
     if len(text) > MAX_RECIPE:
         raise ConfigError(f"{what}: longer than {MAX_RECIPE:,} characters")
     try:
@@ -353,6 +371,12 @@ def parse_recipe(text: str, what: str) -> dict[str, Any]:
         raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{what}: must hold `field: value` lines")
+    return values
+
+
+def parse_recipe(text: str, what: str) -> dict[str, Any]:
+    """`field: value` lines of YAML; a value is a word, a number, or a list of those."""
+    values = parse_mapping(text, what)
     for name, value in values.items():
         parts = value if isinstance(value, list) else [value]
         # A few lines of nested anchors print as gigabytes: nothing nested gets further.

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from longtail_experts.config import Config, ConfigError
+from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError
 from longtail_experts.data.augment import Augmentation
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
@@ -19,9 +19,7 @@ from longtail_experts.learning.schedule import lr_at
 from longtail_experts.learning.step import TrainState, has_bf16_instructions, start_training
 from longtail_experts.tracking.runs import RunError
 
-# What may differ between the parts of one training: where the images lie, what computes, what is
-# checked before it and where it is registered after it.
-MAY_CHANGE_ON_RESUME = ("data_dir", "device", "preflight", "register_as")
+MAY_CHANGE_ON_RESUME = CHANGES_NO_FIGURE  # between the parts of one training
 
 
 def load_dataset(config: Config) -> Dataset:

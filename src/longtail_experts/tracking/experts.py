@@ -23,6 +23,7 @@ from longtail_experts.learning.metrics import (
 )
 from longtail_experts.tracking import figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
+from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.logits import read_logits
 from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import (
@@ -56,7 +57,8 @@ def start_expert_run(
     config: Config, stage: str, parent: Run | None = None, existing: Run | None = None
 ) -> AbstractContextManager[Run]:
     """A new run of an expert, or `existing` once more, which keeps the tags of its start."""
-    tags = {"stage": stage, "expert": config.loss, **machine_tags(config)}
+    tags = {"stage": stage, "expert": config.loss, "config_sha256": config.sha256}
+    tags |= machine_tags(config)
     if existing is not None:
         tags = tags_of_resumed(existing, config)
     name = run_name(config, config.loss)
@@ -76,6 +78,7 @@ def machine_tags(config: Config) -> dict[str, str]:
         "data.source": config.source,
         "device": config.device,
         "precision": config.precision,
+        "code_sha256": code_sha256(),
         **git_tags(),
     }
 
