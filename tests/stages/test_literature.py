@@ -93,6 +93,8 @@ def test_test_scores_are_cross_fitted_under_the_uniform_prior(here, loss):
     assert "own subset" in note
     assert "nothing was selected" in note
     assert "☐ trained" not in note
+    assert ("**Approximate:**" in note) is (loss == "ldam_drw")
+    assert manifest["log_offset_is_exact"] is (loss == "ce")
 
 
 def test_it_is_kept_out_of_the_export(here, capfd):

@@ -102,6 +102,7 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     constants = {
         **scalars,
         "temperature_from": calibration.source,
+        "log_offset_is_exact": LOSSES[config.loss].is_exact,
         **{name: v.tolist() for name, v in vectors.items()},
     }
     write_logits(run_, as_exported(logits, data), constants)

@@ -16,6 +16,7 @@ from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
 from longtail_experts.learning.calibration import deployment_scores
 from longtail_experts.learning.evaluation import deployment_priors
+from longtail_experts.learning.losses import LOSSES
 from longtail_experts.learning.metrics import (
     accuracies,
     balanced_accuracy_standard_error,
@@ -307,6 +308,15 @@ def describe_trained(run: Run, config: Config) -> None:
     )
 
 
+def approximation_notice(loss: str) -> str:
+    if LOSSES[loss].is_exact:
+        return ""
+    return (
+        f"\n\n**Approximate:** no constant makes the logits of {loss} a log-posterior. log_offset "
+        "is the nearest one, and with it adjusted accuracies, NLL, Brier and ECE."
+    )
+
+
 def which_checkpoint(metrics: Mapping[str, float]) -> str:
     if "best/epoch" not in metrics:
         return f"the last checkpoint, of epoch {int(metrics['epoch'])}; nothing was selected"
@@ -326,7 +336,7 @@ def record_report(run: Run, data: Dataset, logits: Mapping[str, Tensor]) -> None
             f"{notice(config)}## {config.loss}: test_balanced balanced accuracy "
             f"{100 * balanced:.2f} %",
             accuracy_table(metrics, data, logits),
-            report.calibration_markdown(metrics),
+            report.calibration_markdown(metrics) + approximation_notice(config.loss),
             f"## Success checklist\n\n{report.checklist_markdown(checks)}",
             f"## What was done\n\n{what_was_done(run, config, data)}",
         ]
