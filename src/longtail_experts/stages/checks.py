@@ -10,7 +10,7 @@ from longtail_experts.learning import rules
 from longtail_experts.learning.resnet import ResNet32, num_parameters
 from longtail_experts.learning.rules import Finding, blocking
 from longtail_experts.learning.step import has_bf16_instructions
-from longtail_experts.stages.inputs import steps_an_epoch
+from longtail_experts.stages.inputs import selects, steps_an_epoch
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.runs import RunError, free_bytes
@@ -52,6 +52,7 @@ def cheap_findings(config: Config, data: Dataset, places: Iterable[Path]) -> lis
 def config_findings(config: Config, data: Dataset) -> list[Finding]:
     """One for each field, in the order of the config."""
     steps_per_epoch, num_images = steps_an_epoch(config, data), data.size("train")
+    warmup = max(config.warmup_steps, config.warmup_epochs * steps_per_epoch)
     falls_at = config.milestones if config.lr_schedule == "milestones" else ()
     found = [
         rules.loss_rule(config.loss, config.tau),
@@ -59,7 +60,7 @@ def config_findings(config: Config, data: Dataset) -> list[Finding]:
         rules.source_rule(config.source),
         rules.images_per_class_rule(config.images_per_class, config.source),
         rules.batch_rule(config.batch_size, num_images),
-        rules.lr_rule(config.lr, config.batch_size, config.warmup_steps, steps_per_epoch),
+        rules.lr_rule(config.lr, config.batch_size, warmup, steps_per_epoch),
         rules.weight_decay_rule(config.weight_decay),
         rules.protocol_rule(config.protocol, config.subset_rule),
         rules.reweight_rule(config.reweight_from, config.loss, config.epochs, config.milestones),
@@ -73,7 +74,7 @@ def config_findings(config: Config, data: Dataset) -> list[Finding]:
             config.warmup_epochs,
         ),
         rules.warmup_epochs_rule(config.warmup_epochs, config.epochs, falls_at),
-        rules.validation_rule(config.validation_every, config.epochs),
+        *([rules.validation_rule(config.validation_every, config.epochs)] * selects(config)),
         rules.patience_rule(
             config.early_stopping_patience,
             config.validation_every,
