@@ -13,6 +13,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ["LONGTAIL_OFFLINE"] = "1"
 os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"  # other figures are looked at here
 
+SCREENSHOTS = pytest.StashKey[Path]()
 CLASS_COUNTS = {"ant": 60, "bee": 40, "cat": 28, "dog": 16, "eel": 6}
 TINY_EXPERT = {
     "source": "images",
@@ -52,6 +53,21 @@ def _missing_browser() -> str | None:
     if not shutil.which("chromium"):
         return "no chromium on PATH"
     return None if find_spec("playwright") else "playwright is not installed"
+
+
+@pytest.fixture(scope="session")
+def screenshots(tmp_path_factory, pytestconfig) -> Path:
+    """Where the browser's tests keep what they saw."""
+    folder = os.environ.get("LONGTAIL_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    pytestconfig.stash[SCREENSHOTS] = Path(folder)
+    return Path(folder)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if folder := config.stash.get(SCREENSHOTS, None):
+        number = len(list(folder.glob("*.png")))
+        terminalreporter.write_line(f"{number} screenshots of the browser's tests: {folder}")
 
 
 @pytest.fixture(scope="session")

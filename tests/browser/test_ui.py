@@ -1,10 +1,10 @@
 """What a person sees: `mlflow ui` in a browser on the finished experts, and the comparison page.
 
-Screenshots are kept in LONGTAIL_SCREENSHOTS where that is set, else in pytest's own folder.
+Screenshots are kept in LONGTAIL_SCREENSHOTS where that is set, else in pytest's own folder; pytest
+says at its end where they are.
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +12,12 @@ from urllib.parse import quote
 
 import mlflow
 import pytest
+from reliability.harness import wait_until
 from reliability.servers import Server
+
+from longtail_experts.config import load_config
+from longtail_experts.tracking.experts import start_expert_run
+from longtail_experts.tracking.runs import Run
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
@@ -41,20 +46,31 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, tmp_path, request):
+def page(browser, screenshots, request):
     """A window; a picture of what it showed at the end is kept."""
     window = browser.new_page(viewport={"width": 1500, "height": 1200})
     window.set_default_timeout(PATIENCE)
     yield window
-    folder = Path(os.environ.get("LONGTAIL_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    window.screenshot(path=folder / f"{request.node.name}.png")
+    window.screenshot(path=screenshots / f"{request.node.name}.png")
     window.close()
 
 
 @pytest.fixture
 def experiment(finished) -> str:
     return mlflow.MlflowClient().get_run(finished["all"]).info.experiment_id
+
+
+@pytest.fixture
+def measured(finished, monkeypatch) -> Run:
+    """An expert's run with system metrics, which the other tests do without."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "with-system-metrics")
+    monkeypatch.delenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.3")
+    mlflow.tracking.fluent._active_experiment_id = None
+    with start_expert_run(load_config("demo", {}), "main") as run:
+        wait_until(lambda: len(run.history("system/cpu_utilization_percentage")) > 1, 60)
+    mlflow.tracking.fluent._active_experiment_id = None
+    return run
 
 
 @pytest.fixture
@@ -87,13 +103,76 @@ def test_the_runs_table_and_the_parents_page_name_the_experts(ui, open_run_page,
 
 def test_an_experts_page_opens_with_its_result(open_run_page, page, finished):
     open_run_page("logit_adjust")
-    metrics = mlflow.MlflowClient().get_run(finished["logit_adjust"]).data.metrics
-    balanced = metrics["test_balanced/balanced_accuracy"]
+    run = mlflow.MlflowClient().get_run(finished["logit_adjust"])
+    balanced = run.data.metrics["test_balanced/balanced_accuracy"]
     see(page, f"logit_adjust: test_balanced balanced accuracy {100 * balanced:.2f} %")
-    see(page, "Datasets")
-    page.get_by_text("Show more").first.click()
+    page.get_by_text("Show more", exact=True).first.click()
+    cell = page.get_by_role("row", name="balanced", exact=False).first.get_by_role("cell")
+    assert cell.nth(1).inner_text().strip().startswith(f"{100 * balanced:.2f} ± ")
     see(page, "Success checklist")
-    see(page, "to repeat:")
+    see(page, "mlflow run . -P loss=logit_adjust -P config=cifar100_lt -P source=images")
+    see(page, run.data.params["splits_sha256"][:12])
+    see(page, run.data.tags["git.commit"][:12] if "git.commit" in run.data.tags else "unknown")
+
+
+def test_the_curves_on_an_experts_page_fit_beside_the_facts(open_run_page, page):
+    """A description shows pictures in their own size: one too wide pushes all else out of sight."""
+    open_run_page("logit_adjust")
+    page.get_by_text("Show more", exact=True).first.click()
+    picture = page.get_by_role("img", name="learning curves")
+    picture.scroll_into_view_if_needed()
+    page.wait_for_function("i => i.complete && i.naturalWidth", arg=picture.element_handle())
+    assert picture.evaluate("i => [i.naturalWidth, i.clientWidth]") == [640, 640]
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    facts = page.get_by_text("About this run").first.bounding_box()
+    assert facts["x"] + facts["width"] <= 1500
+
+
+def test_the_first_screen_of_charts_is_rate_loss_and_validation(open_run_page, page):
+    open_run_page("logit_adjust")
+    page.get_by_text("Show more", exact=True).first.click()
+    page.get_by_role("link", name="Learning curves of all experts").click()
+    see(page, "learning curves (5)")
+    page.locator("svg.main-svg").first.wait_for(state="visible")
+    for metric in (
+        "lr",
+        "train/loss",
+        *(f"val/{g}_accuracy" for g in ("balanced", "head", "tail")),
+    ):
+        title = page.get_by_text(metric, exact=True).first
+        title.wait_for(state="visible")
+        place = title.bounding_box()
+        assert place["y"] < 1200, metric  # without scrolling
+    for loss in LOSSES:
+        see(page, f"{loss} images seed 0")
+    folded = page.get_by_text("test_balanced (", exact=False).first
+    folded.scroll_into_view_if_needed()
+    assert page.get_by_text("test_balanced/brier", exact=True).count() == 0
+
+
+def test_the_view_is_offered_by_name(ui, page, experiment):
+    page.goto(f"{ui.url}/#/experiments/{experiment}/runs")
+    page.get_by_role("button", name="Views").click()
+    see(page, "Learning curves")
+
+
+def test_data_sets_are_named_with_their_splits(open_run_page, page, finished):
+    open_run_page("ce")
+    see(page, "Datasets")
+    sha256 = mlflow.MlflowClient().get_run(finished["ce"]).data.params["splits_sha256"]
+    see(page, f"({sha256[:36]})")
+    page.get_by_text("+6", exact=True).click()
+    for split in ("tuneV", "val_small", "calib", "val_lt", "test_lt", "test_balanced"):
+        see(page, re.compile(f"^{split} "))
+
+
+def test_system_metrics_are_drawn(ui, page, measured):
+    page.goto(
+        f"{ui.url}/#/experiments/{measured.experiment_id}/runs/{measured.run_id}/system-metrics"
+    )
+    for name in ("cpu_utilization_percentage", "system_memory_usage_percentage"):
+        see(page, name)
+    page.locator("svg.main-svg").first.wait_for(state="visible")
 
 
 def test_its_metrics_are_drawn(open_run_page, page):
@@ -135,7 +214,7 @@ def test_the_parents_page_leads_to_the_comparison(ui, open_run_page, page):
     frame.get_by_role("heading", name="Comparison of 3 experts").wait_for(state="visible")
 
 
-def test_the_comparison_page_opens_without_a_network(browser, finished, tmp_path):
+def test_the_comparison_page_opens_without_a_network(browser, finished, tmp_path, screenshots):
     file = mlflow.artifacts.download_artifacts(
         run_id=finished["all"], artifact_path="comparison/index.html", dst_path=str(tmp_path)
     )
@@ -151,7 +230,5 @@ def test_the_comparison_page_opens_without_a_network(browser, finished, tmp_path
     for heading in ("Experts", "Ensembles under the uniform prior", "What differs", "Runs"):
         assert window.locator("h2", has_text=heading).count() >= 1, heading
     assert window.locator("td.best").count() > 5
-    folder = Path(os.environ.get("LONGTAIL_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    window.screenshot(path=folder / "comparison.png", full_page=True)
+    window.screenshot(path=screenshots / "comparison.png", full_page=True)
     context.close()
