@@ -15,12 +15,13 @@ from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
+from longtail_experts.config import make_config
 from longtail_experts.tracking import comparison, comparison_figures
 from longtail_experts.tracking.comparison import distinct_labels
 from longtail_experts.tracking.runs import RunError
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
-FIGURES = {"per_class", "head_tail", "reliability", "pairs", "ensemble"}
+FIGURES = {"per_class", "head_tail", "posthoc", "reliability", "pairs", "ensemble"}
 
 
 def read(run_id: str, path: str) -> str:
@@ -115,6 +116,21 @@ def test_differences_are_listed_and_equal_settings_are_not(experts_copy):
     assert "| loss |" not in part
 
 
+def test_posthoc_adjustment_is_shown_over_all_tau_and_none_is_chosen(experts_copy):
+    assert main(["compare"]) == 0
+    text = read(newest_comparison().info.run_id, "report.md")
+    part = text.split("### Post-hoc logit adjustment")[1].split("###")[0]
+    assert "| tau | 0 | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | 2 |" in part
+    assert "No tau is selected" in part
+    assert "**" not in part
+    for loss in LOSSES:
+        metrics = MlflowClient().get_run(experts_copy[loss]).data.metrics
+        (line,) = re.findall(rf"^\| {loss}: balanced, % \|(.*)\|$", part, flags=re.M)
+        at_one = float(line.split("|")[4])
+        recorded = metrics["test_balanced/adjusted_balanced_accuracy"]
+        assert at_one == pytest.approx(100 * recorded, abs=0.005)
+
+
 def test_one_expert_alone_has_no_ensemble(experts_copy):
     assert main(["compare", "--run_ids", experts_copy["ce"]]) == 0
     run = newest_comparison()
@@ -192,7 +208,7 @@ def test_experts_of_other_groups_are_still_tabulated(altered_splits, monkeypatch
     assert main(["compare", "--different_splits", "true"]) == 0
     run_id = newest_comparison().info.run_id
     drawn = {f.path for f in MlflowClient().list_artifacts(run_id, "comparison/figures")}
-    assert drawn == {"comparison/figures/per_class.png"}
+    assert drawn == {"comparison/figures/per_class.png", "comparison/figures/posthoc.png"}
     (line,) = re.findall(r"^\| test_balanced: tail, % \|(.*)\|$", read(run_id, "report.md"), re.M)
     assert line.split("|")[0].strip() == "-"
 
@@ -236,12 +252,35 @@ def test_what_cannot_be_compared_is_said_in_one_line(experts_copy, arguments, sa
     assert len(all_runs()) == before
 
 
+def labels(*names: tuple[str, str, str]) -> list[str]:
+    return distinct_labels(names, [letter * 32 for letter in "abcdef"[: len(names)]])
+
+
 def test_labels_are_distinct_and_no_longer_than_needed():
-    ids = ["a" * 32, "b" * 32, "c" * 32]
-    assert distinct_labels([("ce", "0"), ("logit_adjust", "0")], ids[:2]) == ["ce", "logit_adjust"]
-    assert distinct_labels([("ce", "0"), ("ce", "1")], ids[:2]) == ["ce seed 0", "ce seed 1"]
-    labels = distinct_labels([("ce", "0"), ("ce", "0"), ("ce", "1")], ids)
-    assert labels == ["ce aaaaaa", "ce bbbbbb", "ce seed 1"]
+    assert labels(("ce", "", "0"), ("logit_adjust", "1", "0")) == ["ce", "logit_adjust"]
+    assert labels(("ce", "", "0"), ("ce", "", "1")) == ["ce seed 0", "ce seed 1"]
+    same = labels(("ce", "", "0"), ("ce", "", "0"), ("ce", "", "1"))
+    assert same == ["ce aaaaaa", "ce bbbbbb", "ce seed 1"]
+
+
+def test_a_family_by_tau_is_labelled_by_it():
+    family = [("logit_adjust", tau, "0") for tau in ("0", "1", "2")]
+    told = ["logit_adjust tau 0", "logit_adjust tau 1", "logit_adjust tau 2"]
+    assert labels(*family) == told
+    assert labels(*family, ("ce", "", "0")) == [*told, "ce"]
+    twice = labels(*family, ("logit_adjust", "1", "1"), ("logit_adjust", "2", "0"))
+    assert twice == [
+        "logit_adjust tau 0",
+        "logit_adjust tau 1 seed 0",
+        "logit_adjust tau 2 cccccc",
+        "logit_adjust tau 1 seed 1",
+        "logit_adjust tau 2 eeeeee",
+    ]
+
+
+@pytest.mark.parametrize(("loss", "tau"), [("ce", ""), ("logit_adjust", "0.5")])
+def test_only_a_loss_that_has_a_tau_is_labelled_by_it(loss, tau):
+    assert comparison.tau_of(make_config({"loss": loss, "tau": "0.50"})) == tau
 
 
 def test_names_from_elsewhere_cannot_break_out_of_the_page(experts_copy):

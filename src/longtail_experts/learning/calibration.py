@@ -42,6 +42,17 @@ def deployment_scores(
     )
 
 
+def posthoc_scores(
+    logits: Tensor, temperature: float, log_offset: Tensor, prior: Tensor, tau: float
+) -> Tensor:
+    """f / T + log_offset - tau log prior, float64 [N, C]: post-hoc logit adjustment.
+
+    Menon et al., *Long-tail learning via logit adjustment* (ICLR 2021), section 4.1, eq. 9, of
+    calibrated scores. tau 0 is the posterior under the training prior, tau 1 under the uniform.
+    """
+    return scores(logits, temperature, log_offset) - tau * prior.double().log()
+
+
 def slope_per_image(logits: Tensor, targets: Tensor, log_offset: Tensor, log_t: float) -> Tensor:
     """d NLL_i / d log T, float64 [N]: (f_target - E_p[f]) / T with p = softmax(f / T + offset)."""
     logits = logits.double()
