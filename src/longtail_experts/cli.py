@@ -32,7 +32,8 @@ ENTRY_POINTS = {
     "train": "train one expert; calibrate does the rest, on any later day",
     "calibrate": "temperature, test figures, logits and model, into the training run run_id",
     "export": "write the files that AR-GSE reads, from one run of each loss",
-    "compare": "table and figures across finished experts, and their ensembles",
+    "compare": "table and figures across finished experts, and their ensembles; or of a sweep, "
+    "means with intervals",
     "reap": "mark runs as FAILED whose process is gone, after delivering what they left behind",
 }
 OWN_PARAMETERS = {
@@ -46,6 +47,8 @@ OWN_PARAMETERS = {
         "deployment": "class prior to which all scores are converted: uniform (test_balanced), or "
         "test_lt (that split's own frequencies)",
         "different_splits": "true: tabulate even experts of different splits",
+        "sweep": "a sweep's run, instead of all that: means over its seeds with intervals, and "
+        "paired differences from cross-entropy",
     },
     "reap": {
         "run_id": "one run, of any host, whose process you know to be gone; none: all of this host"
@@ -305,8 +308,11 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
         elif entry_point == "compare":
             from longtail_experts.stages import compare
 
-            choice, deployment, different_splits = _comparison(given)
-            print(f"run {compare.run(choice, deployment, different_splits)} FINISHED")
+            if sweep_id := _sweep(given):
+                run_id = compare.run_study(sweep_id)
+            else:
+                run_id = compare.run(*_comparison(given))
+            print(f"run {run_id} FINISHED")
         elif entry_point == "reap":
             from longtail_experts.stages import reap
 
@@ -320,6 +326,15 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
     except (RunError, DataError) as error:
         return _complain(error, 2)
     return 0
+
+
+def _sweep(given: dict[str, str]) -> str | None:
+    """The sweep to be studied, where one is given, and then nothing else."""
+    given = {name: value for name, value in given.items() if value != "none"}
+    sweep_id = given.pop("sweep", None)
+    if sweep_id is not None and given:
+        raise ConfigError(f"sweep together with {next(iter(given))}: give one of them")
+    return sweep_id
 
 
 def _comparison(given: dict[str, str]) -> tuple[Any, str, bool]:
