@@ -9,6 +9,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from fake_trials import add_sweep, add_trial
 from mlflow import MlflowClient
 from scipy.special import log_softmax, logsumexp
 from sklearn.metrics import balanced_accuracy_score
@@ -239,6 +240,9 @@ def all_runs() -> list:
         (["--tags", "expert=none_such"], "no calibrated expert is in the experiment with these"),
         (["--deployment", "train"], "deployment='train': give one of uniform, test_lt"),
         (["--different_splits", "yes"], "different_splits='yes': give true or false"),
+        (["--sweep", "CE"], "none of its 0 child runs is a calibrated expert"),
+        (["--sweep", "nonsense"], "run_id=nonsense: not found"),
+        (["--sweep", "PARENT", "--last", "2"], "sweep together with last: give one of them"),
         (["--experiment", "elsewhere"], "experiment=elsewhere: not in the store; there are:"),
     ],
 )
@@ -306,3 +310,48 @@ def test_every_expert_that_fits_a_comparison_can_be_told_apart():
 def test_more_than_can_be_told_apart_is_refused():
     with pytest.raises(RunError, match="as in last=28"):
         comparison.read_members([None] * 29)
+
+
+# --- a sweep ----------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_studied_whatever_its_size(store, capsys):
+    """As many as would not fit a comparison, and no logits to read."""
+    sweep = add_sweep(store)
+    for loss, value in (("ce", 0.35), ("logit_adjust", 0.40)):
+        for seed in range(comparison.MOST // 2 + 1):
+            metrics = {
+                "test_balanced/balanced_accuracy": value + seed / 1000,
+                "test_balanced/ece": 0.03,
+                "temperature": 2.0,
+            }
+            add_trial(store, sweep, metrics, loss=loss, seed=seed)
+    assert main(["compare", "--sweep", sweep, "--run_ids", "none"]) == 0
+    run = newest_comparison()
+    files = {f.path for f in MlflowClient().list_artifacts(run.info.run_id, "study")}
+    names = {"report.md", "table.tex", "table.csv", "runs.csv", "intervals.png", "index.html"}
+    assert files == {f"study/{name}" for name in names}
+    assert run.data.tags["sweep"] == sweep
+    assert run.info.status == "FINISHED"
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("### Accuracy on test_balanced, training noise only")
+    assert "| logit_adjust | 15 | 40.70 ± 0.25 |" in note  # t(14) s / sqrt(15), s = sqrt(20) / 10
+    assert "| logit_adjust | 15 | **+5.00 ± 0.00** |" in note
+    assert f"/runs/{run.info.run_id}/artifacts/study/index.html" in note
+    path = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id, artifact_path="study/report.md"
+    )
+    assert Path(path).read_text() in capsys.readouterr().out
+
+
+def test_the_parent_of_loss_all_can_be_studied_too(experts_copy):
+    assert main(["compare", "--sweep", experts_copy["all"]]) == 0
+    run = newest_comparison()
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="study")
+    rows = list(csv.DictReader((Path(path) / "runs.csv").open()))
+    assert {row["run_id"] for row in rows} == {experts_copy[loss] for loss in LOSSES}
+    assert [row["group"] for row in rows] == list(LOSSES)
+    for row in rows:
+        metrics = MlflowClient().get_run(row["run_id"]).data.metrics
+        balanced = "test_balanced/balanced_accuracy"
+        assert float(row[f"metrics.{balanced}"]) == metrics[balanced]

@@ -30,15 +30,30 @@ from longtail_experts.tracking.study import (
     differing_settings,
     interval,
 )
+from longtail_experts.tracking.study_figures import count
 
 FOLDER = "study"
 PAGE, PICTURE = f"{FOLDER}/index.html", "intervals.png"
-WORDS = {
-    TRAINING: "95 % interval by Student's t over seeds on the splits at hand: training noise "
-    "only. It says nothing about what other splits would give.",
-    SPLITS_TOO: "95 % interval by Student's t over splits, the mean of each split being one value: "
-    "splits and training, what other splits and other seeds would give.",
+INTERVAL = {
+    TRAINING: "Mean ± half of the 95 % interval over seeds on these splits: training noise only.",
+    SPLITS_TOO: "Mean ± half of the 95 % interval over splits, each with the mean of its seeds.",
 }
+HOW_TO_READ = {
+    TRAINING: "Training noise only: by Student's t over seeds on the splits at hand (pooled over "
+    "splits where there are several). It says nothing about what other splits would give.",
+    SPLITS_TOO: "Splits and training: by Student's t over splits, the mean of each split being one "
+    "value; what other splits and other seeds would give.",
+}
+PAIRED = (
+    f"Paired differences: of each training, its figure less that of {REFERENCE} with the same seed "
+    "on the same splits under the same settings. Marked where the interval does not hold 0, with "
+    "no allowance for how many there are."
+)
+MEASURED = (
+    "Accuracies are in percent, of argmax f: means over classes, overall: over images; adjusted is "
+    "of the calibrated scores under the split's own deployment prior, as are NLL (nats) and ECE "
+    "(15 bins) at T = 1 and calibrated. One training has no interval."
+)
 
 
 class Measure(NamedTuple):
@@ -81,10 +96,6 @@ def show(found: Interval | None, measure: Measure, num_trials: int, signed: bool
     if found.is_known:
         text += f" ± {measure.scale * found.half_width:.{measure.digits}f}"
     return text if found.n == num_trials else f"{text} (n = {found.n})"
-
-
-def count(num_trials: int, num_splits: int) -> str:
-    return f"{num_trials} in {num_splits} splits" if num_splits > 1 else str(num_trials)
 
 
 def tabulated(
@@ -134,31 +145,13 @@ def sections_of(study: Study) -> list[Section]:
                 ("Accuracy", accuracies_on(split)),
                 ("Calibration", calibration_on(split)),
             ):
-                header, rows = tabulated(study, measures, kind, Group.values)
-                if not rows:
-                    continue
-                words = f"{ABOUT[what]} Mean ± half of the {WORDS[kind]}"
-                title = f"{what} on {split}, {kind}"
-                sections.append(Section(title, words, header, rows))
-                header, rows = tabulated(study, measures, kind, study.differences, signed=True)
-                if rows:
-                    words = (
-                        f"Of each training, its figure less that of {REFERENCE} with the same "
-                        "seed on the same splits under the same settings; mean ± half of the "
-                        f"{WORDS[kind]} Marked: the interval does not hold 0, with no allowance "
-                        "for how many there are."
-                    )
-                    title = f"{what} on {split}: paired differences from {REFERENCE}, {kind}"
-                    sections.append(Section(title, words, header, rows))
-    return [*sections, *about_runs(study)]
-
-
-ABOUT = {
-    "Accuracy": "In percent, of argmax f: means over classes, overall: over images; adjusted is "
-    "of the calibrated scores under the split's own deployment prior.",
-    "Calibration": "NLL in nats and ECE (15 bins) of the scores under the split's own deployment "
-    "prior, at T = 1 and calibrated.",
-}
+                title, words = f"{what} on {split}", INTERVAL[kind]
+                table = tabulated(study, measures, kind, Group.values)
+                sections.append(Section(f"{title}, {kind}", words, *table))
+                table = tabulated(study, measures, kind, study.differences, signed=True)
+                title = f"{title}: paired differences from {REFERENCE}, {kind}"
+                sections.append(Section(title, words, *table))
+    return [*(section for section in sections if section.rows), *about_runs(study)]
 
 
 def about_runs(study: Study) -> list[Section]:
@@ -186,6 +179,12 @@ def shortened(name: str, value: str) -> str:
     return value[:12] if name.endswith("git.commit") else value
 
 
+def how_to_read(study: Study) -> str:
+    return "\n".join(
+        f"- {words}" for words in (*map(HOW_TO_READ.get, study.kinds), PAIRED, MEASURED)
+    )
+
+
 def summary(study: Study) -> str:
     """How many trainings there are, on what, and what was left out."""
     trials = study.trials
@@ -195,8 +194,6 @@ def summary(study: Study) -> str:
         f"{len(trials)} trainings in {len(study.groups)} groups: seeds {', '.join(seeds)}; "
         f"split_seed {', '.join(split_seeds)}."
     ]
-    if study.kinds == (TRAINING,) and max(len(group.trials) for group in study.groups) < 2:
-        words.append("One training a group has no interval.")
     if study.num_replaced:
         words.append(
             f"{study.num_replaced} left out: of the same splits, seed and settings as a newer one."
@@ -296,28 +293,51 @@ def runs_as_csv(study: Study) -> str:
 
 
 def draw(study: Study, title: str, path: Path) -> Picture:
-    def series(values_of: Callable[[Group, str], Mapping[Key, float]], metric: str) -> list:
-        rows = []
-        for group in study.groups:
-            values = values_of(group, f"test_balanced/{metric}")
-            rows.append((list(values.values()), {k: interval(values, k) for k in study.kinds}))
-        return rows
-
-    def all_series(values_of: Callable, metrics: Mapping[str, str]) -> dict:
-        found = {label: series(values_of, metric) for label, metric in metrics.items()}
-        return {label: of for label, of in found.items() if any(values for values, _ in of)}
-
-    classes = {group: f"{group}_accuracy" for group in study_figures.MARKS}
+    """Accuracies, their paired differences and the calibration on test_balanced; a measure that
+    no run has is left out."""
+    by_class = {
+        group: Measure(f"test_balanced/{group}_accuracy", group)
+        for group in ("balanced", "head", "tail")
+    }
+    panels = [
+        study_figures.Panel(f"{group} accuracy, %", group, panel_rows(study, measure, Group.values))
+        for group, measure in by_class.items()
+    ]
+    panels += [
+        study_figures.Panel(
+            f"{group}: paired difference from {REFERENCE}, points",
+            group,
+            panel_rows(study, measure, study.differences),
+            is_difference=True,
+        )
+        for group, measure in by_class.items()
+    ]
+    panels += [
+        study_figures.Panel(name, mark, panel_rows(study, measure, Group.values))
+        for name, mark, measure in (
+            ("temperature", "after", Measure("temperature", "T", 1.0)),
+            ("ECE at T = 1, %", "before", Measure("test_balanced/ece_uncalibrated", "")),
+            ("ECE calibrated, %", "after", Measure("test_balanced/ece", "")),
+        )
+    ]
     study_figures.intervals(
-        [f"{g.label}\nn = {count(len(g.trials), g.num_splits)}" for g in study.groups],
-        all_series(Group.values, classes),
-        all_series(study.differences, classes),
-        all_series(Group.values, {"T = 1": "ece_uncalibrated", "calibrated": "ece"}),
+        [group.label for group in study.groups],
+        [panel for panel in panels if any(values for values, _ in panel.rows)],
         study.kinds,
-        title,
+        f"{title}: test_balanced",
         path,
     )
     return Picture(path.name, f"{title}: means with 95 % intervals ({', '.join(study.kinds)}).")
+
+
+def panel_rows(
+    study: Study, measure: Measure, values_of: Callable[[Group, str], Mapping[Key, float]]
+) -> list[tuple[list[float], dict[str, Interval | None]]]:
+    rows = []
+    for group in study.groups:
+        scaled = {k: measure.scale * v for k, v in values_of(group, measure.metric).items()}
+        rows.append((list(scaled.values()), {kind: interval(scaled, kind) for kind in study.kinds}))
+    return rows
 
 
 # --- the record -------------------------------------------------------------------------------
@@ -337,9 +357,10 @@ def record_study(run: Run, study: Study) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         picture = draw(study, title, Path(scratch) / PICTURE)
         run.upload(Path(scratch) / PICTURE, FOLDER)
-        page = html_page(title, notice, sections, [picture], Path(scratch))
+        reading = Section("How to read", how_to_read(study).replace("\n- ", " ")[2:], (), ())
+        page = html_page(title, notice, [*sections, reading], [picture], Path(scratch))
     parts = markdown(plain(title), notice, sections)
-    parts[0] = f"{parts[0]}\n\n{summary(study)}"
+    parts[0] = f"{parts[0]}\n\n{summary(study)}\n\n{how_to_read(study)}"
     run.write_text(f"{FOLDER}/report.md", "\n\n".join(parts) + "\n")
     run.write_text(f"{FOLDER}/table.tex", as_latex(sections))
     run.write_text(f"{FOLDER}/table.csv", as_csv(study))
@@ -347,6 +368,6 @@ def record_study(run: Run, study: Study) -> list[str]:
     run.write_text(PAGE, page)
     link = f"[With the figure, on one page]({link_to_artifact(run, PAGE)})"
     first, *others = parts[1:]
-    page_of_run = [f"{notice}{first}", summary(study), link, *others]
+    page_of_run = [f"{notice}{first}", summary(study), link, how_to_read(study), *others]
     run.describe(report.fitting(page_of_run, f"More in {FOLDER}/report.md."))
     return parts
