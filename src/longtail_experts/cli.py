@@ -34,6 +34,7 @@ ENTRY_POINTS = {
     "export": "write the files that AR-GSE reads, from one run of each loss",
     "compare": "table and figures across finished experts, and their ensembles; or of a sweep, "
     "means with intervals",
+    "results": "a page of sweeps for people, with figures: means, intervals, published figures",
     "reap": "mark runs as FAILED whose process is gone, after delivering what they left behind",
 }
 OWN_PARAMETERS = {
@@ -49,6 +50,10 @@ OWN_PARAMETERS = {
         "different_splits": "true: tabulate even experts of different splits",
         "sweep": "a sweep's run, instead of all that: means over its seeds with intervals, and "
         "paired differences from cross-entropy",
+    },
+    "results": {
+        "sweeps": "the sweeps' runs: a,b",
+        "out": "the page to write, as docs/results.md; its figures go beside it",
     },
     "reap": {
         "run_id": "one run, of any host, whose process you know to be gone; none: all of this host"
@@ -308,11 +313,15 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
         elif entry_point == "compare":
             from longtail_experts.stages import compare
 
-            if sweep_id := _sweep(given):
+            if sweep_id := _swept(given):
                 run_id = compare.run_study(sweep_id)
             else:
                 run_id = compare.run(*_comparison(given))
             print(f"run {run_id} FINISHED")
+        elif entry_point == "results":
+            from longtail_experts.stages import results
+
+            results.run(_ids(given["sweeps"], "sweeps"), Path(given["out"]))
         elif entry_point == "reap":
             from longtail_experts.stages import reap
 
@@ -328,7 +337,7 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
     return 0
 
 
-def _sweep(given: dict[str, str]) -> str | None:
+def _swept(given: dict[str, str]) -> str | None:
     """The sweep to be studied, where one is given, and then nothing else."""
     given = {name: value for name, value in given.items() if value != "none"}
     sweep_id = given.pop("sweep", None)
@@ -367,8 +376,8 @@ def _comparison(given: dict[str, str]) -> tuple[Any, str, bool]:
     return choice, deployment, different == "true"
 
 
-def _ids(text: str) -> list[str]:
+def _ids(text: str, name: str = "run_ids") -> list[str]:
     ids = [part.strip() for part in text.split(",") if part.strip()]
     if not ids:
-        raise ConfigError(f"run_ids={shorten(text)!r}: give run ids, as in a,b,c")
+        raise ConfigError(f"{name}={shorten(text)!r}: give run ids, as in a,b,c")
     return ids

@@ -192,8 +192,10 @@ def interval(values: Mapping[Key, float], kind: str) -> Interval | None:
 
 
 def read_sweep(sweep_id: str) -> Study:
-    """All calibrated experts among the children of a run; RunError where there are none."""
+    """All calibrated experts of a sweep: children of its run, and those that its trials.json
+    names because they were finished before it. RunError where there are none."""
     parent = open_run(sweep_id)
+    listed = listed_trials(parent)
     with store_to_read() as client:
         children = client.search_runs(
             [parent.experiment_id],
@@ -201,15 +203,34 @@ def read_sweep(sweep_id: str) -> Study:
             order_by=["attributes.start_time ASC"],
             max_results=10_000,
         )
-    experts = [run for run in children if "expert" in run.data.tags]
-    done = [run for run in experts if run.data.tags.get("calibrated") == "true"]
+        experts = {run.info.run_id: run for run in children if "expert" in run.data.tags}
+        for run_id in listed:
+            if run_id not in experts:
+                experts[run_id] = client.get_run(run_id)
+    done = [run for run in experts.values() if run.data.tags.get("calibrated") == "true"]
     if not done:
         raise RunError(
             f"sweep={sweep_id}: none of its {len(children)} child runs is a calibrated expert; "
             "give the id of a sweep's own run, once it has some"
         )
-    unfinished = [f"{r.info.run_name} ({r.info.status})" for r in experts if r not in done]
+    unfinished = [
+        f"{run.info.run_name} ({run.info.status})" for run in experts.values() if run not in done
+    ]
     return make_study(parent.name, [sweep_id], [read_trial(run) for run in done], unfinished)
+
+
+def listed_trials(parent: Run) -> list[str]:
+    """Run ids in the sweep's trials.json, where it has one."""
+    if not parent.has_artifact("trials.json"):
+        return []
+    try:
+        return [
+            str(trial["run_id"]) for trial in parent.read_json("trials.json") if trial["run_id"]
+        ]
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"run {parent.run_id}: trials.json is malformed ({first_line(error)[:200]})"
+        ) from None
 
 
 def read_trial(run: mlflow.entities.Run) -> Trial:

@@ -136,10 +136,12 @@ def tabulated(
     return header, rows
 
 
-def sections_of(study: Study) -> list[Section]:
+def sections_of(
+    study: Study, splits: Sequence[str] = ("test_balanced", "test_lt")
+) -> list[Section]:
     """Every table of a study; those for which it has no values are left out."""
     sections = []
-    for split in ("test_balanced", "test_lt"):
+    for split in splits:
         for kind in study.kinds:
             for what, measures in (
                 ("Accuracy", accuracies_on(split)),
