@@ -149,7 +149,7 @@ def posthoc(found: Mapping[str, Mapping[float, Mapping[str, float]]], path: Path
                 label=label,
             )
         ax.axvline(1, color=BEFORE, lw=1, ls=":", zorder=0)
-        ax.set(xlabel="tau", ylim=(0, None))
+        ax.set_xlabel("tau")
         ax.set_title(f"{group}, %", color=title_colour)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.suptitle(
