@@ -26,6 +26,7 @@ from torchvision import transforms
 from longtail_experts.config import make_config
 from longtail_experts.data.batches import MEAN, STD, augmented_batches, draw_epoch, pad
 from longtail_experts.data.dataset import Dataset
+from longtail_experts.learning.losses import Knobs, objective_of
 from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.learning.step import start_training, train_step
 from longtail_experts.stages.inputs import load_dataset, resolve
@@ -99,7 +100,8 @@ class OurLoop:
         self.state.model.train()
         self.padded = pad(data.pixels("train")).to(device)
         self.targets = data.targets("train").to(device)
-        self.shift = torch.zeros(data.num_classes, device=device)
+        counts = data.class_counts("train")
+        self.objective = objective_of("ce", counts, Knobs(), device)
         self.batch_size, self.device, self.precision = batch_size, device, precision
         self.epoch = 0
 
@@ -107,7 +109,7 @@ class OurLoop:
         self.epoch += 1
         draws = draw_epoch(len(self.targets), 0, self.epoch, self.device)
         for images, targets in augmented_batches(self.padded, self.targets, draws, self.batch_size):
-            train_step(self.state, images, targets, self.shift, 0.01, self.precision)
+            train_step(self.state, images, targets, self.objective, 0.01, self.precision)
             yield
 
 

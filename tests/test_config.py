@@ -26,23 +26,33 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FULL_RECIPE = {
     "loss": "ce",
     "tau": 1.0,
+    "beta": 0.9999,
+    "gamma": 2.0,
+    "reweight_from": None,
+    "protocol": "experts",
     "source": "cifar100",
     "data_dir": "data",
     "imbalance_factor": 100.0,
     "imbalance_profile": "exp",
     "images_per_class": None,
+    "subset_rule": "own",
     "split_seed": 42,
     "seed": 0,
     "expert_seed": None,
     "shortcut": "projection",
     "epochs": 256,
     "batch_size": 128,
+    "augmentation": "plain",
+    "cutout": 0,
+    "mixup": 0.0,
     "lr": 0.4,
     "momentum": 0.9,
     "weight_decay": 1e-4,
     "milestones": (96, 192, 224),
     "lr_decay": 0.1,
+    "lr_schedule": "milestones",
     "warmup_steps": 68,
+    "warmup_epochs": 0,
     "validation_every": 10,
     "early_stopping_patience": None,
     "checkpoint_every": 10,
@@ -69,37 +79,52 @@ def configs(draw) -> Config:
     count = st.integers(1, 10**9)
     seed = st.integers(0, 2**31 - 1)
     loss = draw(st.sampled_from([*LOSS_NAMES, "all"]))
+    source = draw(st.sampled_from(["cifar100", "cifar10", "images", "synthetic"]))
+    is_literature = draw(st.booleans())
+    warmup_steps = draw(st.integers(0, 10**9))
     text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
     return make_config(
         {
             "loss": loss,
             "tau": draw(st.floats(0, 10)),
-            "source": draw(st.sampled_from(["cifar100", "images", "synthetic"])),
+            "beta": draw(st.floats(0, 1, exclude_max=True)),
+            "gamma": draw(st.floats(0, 10)),
+            "reweight_from": draw(st.none() | st.integers(0, 10**9)),
+            "protocol": "literature" if is_literature else "experts",
+            "source": source,
             "data_dir": draw(
                 st.none() | text.filter(bool) | st.sampled_from(["~", "null", "yes", "1", "1e3"])
             ),
             "imbalance_factor": draw(st.floats(1, 1e6)),
             "imbalance_profile": draw(st.sampled_from(["exp", "step", "natural"])),
             "images_per_class": draw(st.none() | count),
+            "subset_rule": "ldam" if source.startswith("cifar") and draw(st.booleans()) else "own",
             "split_seed": draw(seed),
             "seed": draw(seed),
             "expert_seed": None if loss == "all" else draw(st.none() | seed),
             "shortcut": draw(st.sampled_from(["projection", "pad"])),
             "epochs": draw(count),
             "batch_size": draw(count),
+            "augmentation": draw(st.sampled_from(["plain", "autoaugment", "randaugment"])),
+            "cutout": draw(st.integers(0, 32)),
+            "mixup": draw(st.just(0) | st.floats(1e-3, 10)),
             "lr": draw(st.floats(0, 100, exclude_min=True)),
             "momentum": draw(st.floats(0, 1, exclude_max=True)),
             "weight_decay": draw(st.floats(0, 1)),
             "milestones": sorted(draw(st.sets(count, max_size=4))),
             "lr_decay": draw(st.floats(0, 1, exclude_min=True)),
-            "warmup_steps": draw(st.integers(0, 10**9)),
+            "lr_schedule": draw(st.sampled_from(["milestones", "cosine"])),
+            "warmup_steps": warmup_steps,
+            "warmup_epochs": 0 if warmup_steps > 1 else draw(st.integers(0, 10**6)),
             "validation_every": draw(count),
-            "early_stopping_patience": draw(st.none() | count),
+            "early_stopping_patience": None if is_literature else draw(st.none() | count),
             "checkpoint_every": draw(count),
             "device": draw(st.sampled_from(["auto", "cpu", "cuda"])),
             "precision": draw(st.sampled_from(["auto", "fp32", "bf16"])),
             "fast": draw(st.booleans()),
-            "register_as": draw(st.sampled_from([None, "experts", "CIFAR-100 LT v1.0"])),
+            "register_as": None
+            if is_literature
+            else draw(st.sampled_from([None, "experts", "CIFAR-100 LT v1.0"])),
             "preflight": draw(st.booleans()),
         }
     )
@@ -172,6 +197,11 @@ def test_replace_is_a_validated_copy():
         ("data_dir", "my data", "my data"),
         ("split_seed", "2147483647", 2**31 - 1),
         ("warmup_steps", "0", 0),
+        ("cutout", "16", 16),
+        ("cutout", "32", 32),
+        ("mixup", "0.4", 0.4),
+        ("mixup", "0", 0.0),
+        ("mixup", "0.001", 0.001),
     ],
 )
 def test_good_values(name, text, value):
@@ -186,7 +216,7 @@ BAD_VALUES = [
     ("loss", ""),
     ("tau", "-0.1"),
     ("tau", "nan"),
-    ("source", "cifar10"),
+    ("source", "cifar1000"),
     ("imbalance_factor", "0.5"),
     ("imbalance_factor", "inf"),
     ("imbalance_factor", "1e7"),
@@ -204,6 +234,15 @@ BAD_VALUES = [
     ("epochs", "none"),
     ("batch_size", "-128"),
     ("batch_size", "1e10"),
+    ("augmentation", "auto"),
+    ("augmentation", "none"),
+    ("cutout", "-1"),
+    ("cutout", "33"),
+    ("cutout", "1.5"),
+    ("mixup", "-0.1"),
+    ("mixup", "10.5"),
+    ("mixup", "1e-310"),
+    ("mixup", "nan"),
     ("lr", "-1"),
     ("lr", "0"),
     ("lr", "nan"),
@@ -282,7 +321,9 @@ def test_booleans_are_refused(name, value):
 def test_unknown_loss_suggests_or_lists(given_, meant):
     with pytest.raises(ConfigError) as error:
         make_config({"loss": given_})
-    says = f"did you mean {meant}?" if meant else "one of: ce, logit_adjust, balanced_softmax, all"
+    says = (
+        f"did you mean {meant}?" if meant else "one of: ce, logit_adjust, balanced_softmax, class_"
+    )
     assert says in str(error.value)
 
 
@@ -323,7 +364,7 @@ def test_long_unknown_field_stays_one_line():
     with pytest.raises(ConfigError) as error:
         make_config({"x" * 10_000: 1})
     assert "(10000 characters)" in str(error.value)
-    assert len(str(error.value)) < 500
+    assert len(str(error.value)) < 700
 
 
 def test_expert_seed_with_all_losses_is_refused():

@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 
 from longtail_experts.cli import ENTRY_POINTS
 from longtail_experts.config import Config, load_config
+from longtail_experts.stages.inputs import schedule_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text())
@@ -40,7 +41,7 @@ def test_only_third_party_packages_are_in_the_environment():
     assert "python=3.11" in CONDA["dependencies"]
 
 
-@pytest.mark.parametrize("name", ["cifar100_lt", "demo"])
+@pytest.mark.parametrize("name", ["cifar100_lt", "demo", "literature", "strong"])
 def test_recipes_are_cards(name):
     text = (ROOT / "configs" / f"{name}.yaml").read_text()
     assert text.startswith("# ")
@@ -51,3 +52,23 @@ def test_recipes_are_cards(name):
 
 def test_the_full_recipe_is_the_default_of_every_field():
     assert load_config("cifar100_lt", {}) == Config()
+
+
+def test_the_literature_card_is_the_recipe_of_ldam():
+    """Epochs counted from 1, as the authors do: lr e / 5, x0.01 after 160, x0.0001 after 180."""
+    config = load_config("literature", {})
+    assert (config.protocol, config.subset_rule, config.shortcut) == ("literature", "ldam", "pad")
+    assert (config.batch_size, config.weight_decay, config.momentum) == (128, 2e-4, 0.9)
+    assert (config.augmentation, config.cutout, config.mixup) == ("plain", 0, 0)
+    lr_of = schedule_of(config, steps_per_epoch=85)
+    for epoch, rate in ((1, 0.02), (4, 0.08), (5, 0.1), (160, 0.1), (161, 1e-3), (181, 1e-5)):
+        assert lr_of((epoch - 1) * 85) == pytest.approx(rate)
+    assert config.epochs == 200
+
+
+def test_the_strong_card_is_long_and_augmented():
+    config = load_config("strong", {})
+    assert (config.augmentation, config.cutout, config.mixup) == ("autoaugment", 16, 0.4)
+    assert (config.epochs, config.lr_schedule, config.milestones) == (400, "cosine", ())
+    lr_of = schedule_of(config, steps_per_epoch=85)
+    assert lr_of(200 * 85) == pytest.approx(0.05)

@@ -35,6 +35,8 @@ ENTRY_POINTS = {
     "compare": "table and figures across finished experts, and their ensembles; or of a sweep, "
     "means with intervals",
     "results": "a page of sweeps for people, with figures: means, intervals, published figures",
+    "sweep": "a grid of experts from one file, run by Ray here or on a cluster; what the store has "
+    "is not repeated, and the same command goes on with what was cut off",
     "reap": "mark runs as FAILED whose process is gone, after delivering what they left behind",
 }
 OWN_PARAMETERS = {
@@ -55,11 +57,18 @@ OWN_PARAMETERS = {
         "sweeps": "the sweeps' runs: a,b",
         "out": "the page to write, as docs/results.md; its figures go beside it",
     },
+    "sweep": {
+        "sweep": "a sweep file: path, or name in configs/sweeps/ (config, fixed, grid: {field: "
+        "[values]}, trials_at_once, cpus_per_trial, gpus_per_trial); fields given beside it "
+        "override its `fixed`",
+        "address": "of a Ray cluster, as in 10.0.0.1:6379; local: Ray on this machine",
+    },
     "reap": {
         "run_id": "one run, of any host, whose process you know to be gone; none: all of this host"
     },
 }
 OPTIONAL = ("compare", "reap")  # entry points whose own parameters may be left out
+OPTIONAL_PARAMETERS = ("address",)
 RESUMABLE = ("main", "train")
 CALIBRATE_MAY_CHANGE = ("data_dir", "device", "batch_size")
 FULL_RECIPE, DEMO_RECIPE = "cifar100_lt", "demo"
@@ -122,7 +131,8 @@ def parser() -> Parser:
             argument_default=argparse.SUPPRESS,
         )
         for own, about in OWN_PARAMETERS.get(name, {}).items():
-            entry.add_argument(f"--{own}", required=name not in OPTIONAL, help=about)
+            required = name not in OPTIONAL and own not in OPTIONAL_PARAMETERS
+            entry.add_argument(f"--{own}", required=required, help=about)
         if name in RESUMABLE:
             entry.add_argument(
                 "--resume",
@@ -146,6 +156,8 @@ def _config_fields(entry_point: str) -> tuple[str, ...]:
     """The fields of the config that an entry point takes."""
     if entry_point == "calibrate":
         return CALIBRATE_MAY_CHANGE
+    if entry_point == "sweep":
+        return tuple(Config.model_fields)
     return () if entry_point in OWN_PARAMETERS else tuple(Config.model_fields)
 
 
@@ -209,6 +221,8 @@ def warn_about(config: Config) -> None:
 def _dispatch(arguments: list[str]) -> int:
     given = _parse(arguments)
     entry_point = given.pop("entry_point")
+    if entry_point == "sweep":
+        return _sweep(given.pop("sweep"), given.pop("address", "local"), given)
     if entry_point in OWN_PARAMETERS:
         return _on_recorded_runs(entry_point, given)
     if "resume" in given:
@@ -223,6 +237,21 @@ def _dispatch(arguments: list[str]) -> int:
     if banner:
         print(banner, flush=True)
     return code
+
+
+def _sweep(name: str, address: str, overrides: dict[str, str]) -> int:
+    from longtail_experts.stages.grid import points_of, read_sweep
+
+    plan = read_sweep(name, overrides)
+    points = points_of(plan)
+    from longtail_experts.data.sources import DataError
+    from longtail_experts.stages import sweep as sweep_stage
+
+    sweep_stage.require_ray()
+    try:
+        return _finish(lambda: sweep_stage.run(plan, points, address))
+    except DataError as error:
+        return _complain(error, 2)
 
 
 def _on_config(entry_point: str, config: Config) -> int:

@@ -5,6 +5,7 @@ are written `96,192,224`; off is `none`.
 """
 
 import difflib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -12,7 +13,12 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-LOSS_NAMES = ("ce", "logit_adjust", "balanced_softmax")
+LOSS_NAMES = ("ce", "logit_adjust", "balanced_softmax")  # of loss=all
+
+
+# What changes none of an expert's figures: where the images lie (splits_sha256 knows which they
+# are), what computes, what is checked before a training and where it is registered after it.
+CHANGES_NO_FIGURE = ("data_dir", "device", "preflight", "register_as")
 
 
 class ConfigError(ValueError):
@@ -28,19 +34,45 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    loss: Literal["ce", "logit_adjust", "balanced_softmax", "all"] = Field(
-        "ce", description="what the expert is trained under; all: the three, one after another"
+    loss: Literal[
+        "ce",
+        "logit_adjust",
+        "balanced_softmax",
+        "class_balanced",
+        "focal",
+        "ldam_drw",
+        "all",
+    ] = Field(
+        "ce",
+        description="what the expert is trained under; all: ce, logit_adjust and "
+        "balanced_softmax, one after another",
     )
     tau: float = Field(1.0, ge=0, le=10, description="strength of logit_adjust (0 is ce)")
-    source: Literal["cifar100", "images", "synthetic"] = Field(
+    beta: float = Field(
+        0.9999, ge=0, lt=1, description="of the effective number (class_balanced, ldam_drw)"
+    )
+    gamma: float = Field(2.0, ge=0, le=10, description="focusing of focal (0 is ce)")
+    reweight_from: int | None = Field(
+        None,
+        ge=0,
+        le=10**9,
+        description="epoch from which ldam_drw weighs classes; none: the first milestone",
+    )
+    protocol: Literal["experts", "literature"] = Field(
+        "experts",
+        description="experts: six splits, checkpoint selected on val_lt, temperature on calib; "
+        "literature: train on the whole pool, test on all test images, last epoch, temperature "
+        "cross-fitted on the test images",
+    )
+    source: Literal["cifar100", "cifar10", "images", "synthetic"] = Field(
         "cifar100",
-        description="where images come from: CIFAR-100 (official files, parquet or download), "
-        "a folder train/<class>/*, test/<class>/*, or generated ones for demos",
+        description="where images come from: CIFAR-100 or CIFAR-10 (official files, parquet or "
+        "download), a folder train/<class>/*, test/<class>/*, or generated ones for demos",
     )
     data_dir: str | None = Field(
         "data",
         min_length=1,
-        description="folder with the images (cifar100 is downloaded there if it is empty)",
+        description="folder with the images (CIFAR is downloaded there if it is empty)",
     )
     imbalance_factor: float = Field(
         100.0, ge=1, le=1e6, description="largest class / smallest class of the training pool"
@@ -52,8 +84,14 @@ class Config(BaseModel):
     )
     images_per_class: Count | None = Field(
         None,
-        description="pool images of the largest class; none: 500, or a folder's largest class "
+        description="pool images of the largest class; none: all of a class of CIFAR (500, or "
+        "5,000 of CIFAR-10), or a folder's largest class "
         "(synthetic: also how many are generated)",
+    )
+    subset_rule: Literal["own", "ldam"] = Field(
+        "own",
+        description="which images of a class are in the pool: drawn by split_seed, or the subset "
+        "of LDAM's code (official files only)",
     )
     split_seed: Seed = Field(42, description="decides which image falls in which split")
     seed: Seed = Field(0, description="expert_seed is derived from it and the loss")
@@ -66,6 +104,17 @@ class Config(BaseModel):
     )
     epochs: Count = Field(256, description="passes over the train split")
     batch_size: Count = Field(128, description="images a step; the last one of an epoch is short")
+    augmentation: Literal["plain", "autoaugment", "randaugment"] = Field(
+        "plain",
+        description="beside crop and flip: nothing, AutoAugment's policy for CIFAR-10, or "
+        "RandAugment (2 operations at level 9 of 30)",
+    )
+    cutout: int = Field(
+        0, ge=0, le=32, description="side in pixels of the square blanked in an image; 0: none"
+    )
+    mixup: float = Field(
+        0.0, ge=0, le=10, description="mix images and losses by shares of Beta(mixup, mixup); 0: no"
+    )
     lr: float = Field(0.4, gt=0, le=100, description="learning rate after warm-up")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, le=1, description="L2 penalty on all parameters")
@@ -73,8 +122,18 @@ class Config(BaseModel):
         (96, 192, 224), description="epochs at which the learning rate is multiplied by lr_decay"
     )
     lr_decay: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
+    lr_schedule: Literal["milestones", "cosine"] = Field(
+        "milestones", description="how the rate falls: at milestones, or as a half cosine to 0"
+    )
     warmup_steps: int = Field(
         68, ge=0, le=10**9, description="steps of linear warm-up (68: one epoch of the full recipe)"
+    )
+    warmup_epochs: int = Field(
+        0,
+        ge=0,
+        le=10**6,
+        description="epochs of a warm-up in steps of whole epochs, as LDAM's code has it: lr * e / "
+        "warmup_epochs in epoch e = 1, 2, ...; needs warmup_steps=0",
     )
     validation_every: Count = Field(10, description="epochs between validations on val_lt")
     early_stopping_patience: Count | None = Field(
@@ -142,12 +201,47 @@ class Config(BaseModel):
             raise ValueError("must be positive epochs in increasing order, as in 96,192,224")
         return value
 
+    @field_validator("mixup")
+    @classmethod
+    def _has_shares(cls, value: float) -> float:
+        if 0 < value < 1e-3:  # every share is 0 or 1, and in the end not a number
+            raise ValueError("must be 0 (off), or from 0.001 to 10")
+        return value
+
     @model_validator(mode="after")
     def _one_seed_one_expert(self) -> "Config":
         if self.loss == "all" and self.expert_seed is not None:
             raise ConfigError(
                 f"expert_seed={self.expert_seed}: with loss=all each expert has its own; "
                 "give seed, from which they are derived"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_warm_up(self) -> "Config":
+        if self.warmup_epochs and self.warmup_steps > 1:
+            raise ConfigError(
+                f"warmup_epochs={self.warmup_epochs}: there is warmup_steps={self.warmup_steps} "
+                "already; give one of them and 0 for the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _protocol_fits(self) -> "Config":
+        if self.protocol == "literature" and self.early_stopping_patience is not None:
+            raise ConfigError(
+                f"early_stopping_patience={self.early_stopping_patience}: protocol=literature has "
+                "no validation split to stop by; give none"
+            )
+        if self.protocol == "literature" and self.register_as is not None:
+            raise ConfigError(
+                f"register_as={self.register_as}: a champion is chosen on val_lt, which "
+                "protocol=literature does not have; give none"
+            )
+        if self.subset_rule == "ldam" and self.source not in ("cifar100", "cifar10"):
+            raise ConfigError(
+                f"subset_rule=ldam: is a subset of CIFAR's official files, not of source="
+                f"{self.source}; give own"
             )
         return self
 
@@ -158,6 +252,13 @@ class Config(BaseModel):
     def as_text(self) -> dict[str, str]:
         """Every field as MLflow params, flags and YAML write it."""
         return {name: to_text(value) for name, value in self.model_dump().items()}
+
+    @property
+    def sha256(self) -> str:
+        """Of every field that can change a figure, as text; of one expert's resolved config it
+        says, with the splits' hash and that of the code, which training this is."""
+        lines = [f"{k}={v}\n" for k, v in self.as_text().items() if k not in CHANGES_NO_FIGURE]
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         values = self.model_dump()
@@ -220,20 +321,21 @@ def _one_line(error: ValidationError, values: Mapping[str, Any]) -> str:
     return f"{name}={shorten(given)}: {says} ({Config.model_fields[name].description})"
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, under: str = "configs", field: str = "config") -> Path:
     """The file of a config given by path or by bare name.
 
-    A bare name is looked up in ./configs, then in the copy that came with the package.
+    A bare name is looked up in ./configs, then in the copy that came with the package; sweep
+    files likewise, `under` configs/sweeps.
     """
     package = Path(__file__).resolve().parent
-    folders = (Path("configs"), package / "configs", package.parents[1] / "configs")
+    folders = (Path(under), package / under, package.parents[1] / under)
     candidates = [Path(name)] if name.endswith((".yaml", ".yml")) or "/" in name else []
     candidates += [folder / f"{name}.yaml" for folder in folders]
     for path in candidates:
         if _is_file(path):
             return path
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise ConfigError(f"config={shorten(name)}: no such file{nearest(name, known)}")
+    raise ConfigError(f"{field}={shorten(name)}: no such file{nearest(name, known)}")
 
 
 def _is_file(path: Path) -> bool:
@@ -247,16 +349,20 @@ MAX_RECIPE = 100_000  # characters
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
+    return parse_recipe(read_text(path, f"config={path}"), f"config={path}")
+
+
+def read_text(path: Path, what: str) -> str:
+    """At most MAX_RECIPE characters and one, which is too many."""
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_RECIPE + 1)
+            return file.read(MAX_RECIPE + 1)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"config={path}: cannot be read: {shorten(error, 200)}") from None
-    return parse_recipe(text, f"config={path}")
+        raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
 
 
-def parse_recipe(text: str, what: str) -> dict[str, Any]:
-    """`field: value` lines of YAML; a value is a word, a number, or a list of those."""
+def parse_mapping(text: str, what: str) -> dict[Any, Any]:
+    """What a YAML file of `name: value` lines holds, however deep."""
     if len(text) > MAX_RECIPE:
         raise ConfigError(f"{what}: longer than {MAX_RECIPE:,} characters")
     try:
@@ -265,6 +371,12 @@ def parse_recipe(text: str, what: str) -> dict[str, Any]:
         raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{what}: must hold `field: value` lines")
+    return values
+
+
+def parse_recipe(text: str, what: str) -> dict[str, Any]:
+    """`field: value` lines of YAML; a value is a word, a number, or a list of those."""
+    values = parse_mapping(text, what)
     for name, value in values.items():
         parts = value if isinstance(value, list) else [value]
         # A few lines of nested anchors print as gigabytes: nothing nested gets further.

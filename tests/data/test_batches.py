@@ -98,8 +98,8 @@ def test_each_image_of_a_batch_has_its_own_crop_and_flip():
     images = random_images(20)
     draws = draw_epoch(20, expert_seed=1, epoch=0)
     assert 0 < draws.flip.sum() < 20
-    expected = [torchvision_crop(images[i], t, x, f) for i, t, x, f in zip(*draws, strict=True)]
-    assert torch.equal(crop_and_flip(pad(images), *draws), torch.stack(expected))
+    expected = [torchvision_crop(images[i], t, x, f) for i, t, x, f in zip(*draws[:4], strict=True)]
+    assert torch.equal(crop_and_flip(pad(images), *draws[:4]), torch.stack(expected))
 
 
 # --- draws ------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_draws_are_a_permutation_and_within_range():
 def test_draws_are_pinned():
     """An expert trained yesterday and one resumed today must see the same images."""
     draws = draw_epoch(8, expert_seed=7, epoch=3)
-    assert [x.int().tolist() for x in draws] == [
+    assert [x.int().tolist() for x in draws[:4]] == [
         [3, 0, 4, 6, 1, 5, 7, 2],
         [3, 8, 2, 0, 4, 4, 4, 5],
         [8, 0, 8, 5, 6, 0, 0, 0],
@@ -143,7 +143,7 @@ def test_draws_depend_on_seed_and_epoch_alone():
 def test_another_seed_or_epoch_draws_anew(change):
     first = draw_epoch(100, **{"expert_seed": 7, "epoch": 3})
     other = draw_epoch(100, **{"expert_seed": 7, "epoch": 3} | change)
-    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[:4], other[:4], strict=True))
 
 
 # --- batches ----------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_batches_hold_the_augmented_image_of_each_target():
     batches = list(augmented_batches(pad(images), torch.arange(10), draws, 4))
     usual = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
     got = torch.cat([part for part, _ in batches])
-    for k, (i, top, left, flip) in enumerate(zip(*draws, strict=True)):
+    for k, (i, top, left, flip) in enumerate(zip(*draws[:4], strict=True)):
         expected = usual(torchvision_crop(images[i], top, left, flip).numpy())
         torch.testing.assert_close(got[k], expected, rtol=0, atol=1e-6)
 

@@ -510,3 +510,64 @@ def test_real_cifar100(real_data_dir, tmp_path, monkeypatch):
         halves = {"train": images.train_images, "test": images.test_images}
         pixels = [halves[half][int(i)] for half, i, _ in (text.split() for text in group)]
         assert all(np.array_equal(pixels[0], other) for other in pixels[1:])
+
+
+# --- the literature's protocol ----------------------------------------------------------------
+
+LITERATURE = RECIPE | {"protocol": "literature"}
+
+
+def ldam_subset(labels: np.ndarray, factor: float) -> list[int]:
+    """As the authors' data loader goes about it, with numpy's global generator."""
+    state = np.random.get_state()
+    np.random.seed(0)
+    chosen = []
+    for c in range(100):
+        wanted = int(500 * (1 / factor) ** (c / 99))
+        of_class = np.where(labels == c)[0]
+        np.random.shuffle(of_class)
+        chosen += of_class[:wanted].tolist()
+    np.random.set_state(state)
+    return chosen
+
+
+@pytest.mark.parametrize(("factor", "size"), [(100, 10_847), (50, 12_608), (10, 19_573)])
+def test_ldam_takes_the_images_that_its_code_takes(factor, size):
+    labels = np.random.RandomState(7).permutation(np.arange(50_000) % 100)
+    images = blank_images(labels, np.arange(10_000) % 100, 100, index_space="torchvision")
+    rule = {"subset_rule": "ldam", "imbalance_factor": float(factor)}
+    splits = make_splits(images, **LITERATURE | rule)
+    assert len(splits.indices["train"]) == size
+    assert splits.indices["train"].tolist() == sorted(ldam_subset(labels, factor))
+    pool = make_splits(images, **RECIPE | rule)  # the experts' splits of the same pool
+    together = np.concatenate([pool.indices[name] for name in POOL_SPLITS])
+    assert sorted(together) == splits.indices["train"].tolist()
+    own = make_splits(images, **LITERATURE | {"imbalance_factor": float(factor)})
+    assert own.indices["train"].tolist() != splits.indices["train"].tolist()
+
+
+def test_ldam_is_refused_where_the_order_is_not_the_official_one(cifar):
+    with pytest.raises(DataError, match="official files"):
+        make_splits(cifar, **LITERATURE | {"subset_rule": "ldam"})
+
+
+def test_literature_trains_on_the_whole_pool_and_tests_on_everything(cifar, recipe):
+    splits = make_splits(cifar, **LITERATURE)
+    assert splits.names == ("train", "test_balanced")
+    pool = np.concatenate([recipe.splits.indices[name] for name in POOL_SPLITS])
+    assert splits.indices["train"].tolist() == sorted(pool)
+    assert splits.indices["test_balanced"].tolist() == list(range(10_000))
+    assert splits.pool_counts == recipe.splits.pool_counts
+    about = manifest(splits, cifar)
+    assert list(about["splits"]) == ["train", "test_balanced"]
+    assert (about["protocol"], about["subset_rule"]) == ("literature", "own")
+    assert splits.sha256 != recipe.splits.sha256
+
+
+def test_cifar10_lt_by_the_same_code():
+    labels = np.arange(50_000) % 10
+    images = blank_images(labels, np.arange(10_000) % 10, 10, largest_class=5000)
+    splits = make_splits(images, **LITERATURE)
+    expected = [int(5000 * 100 ** (-c / 9) + 1e-9) for c in range(10)]
+    assert list(splits.pool_counts) == expected
+    assert sum(expected) == 12_406  # CIFAR-10-LT at imbalance factor 100

@@ -7,12 +7,14 @@ from scipy.optimize import minimize_scalar
 
 from longtail_experts.learning import calibration
 from longtail_experts.learning.calibration import (
+    cross_fit_temperature,
     deployment_scores,
     fit_temperature,
     scores,
     slope_per_image,
+    stratified_halves,
 )
-from longtail_experts.learning.losses import LOSSES
+from longtail_experts.learning.losses import LOSSES, Knobs
 
 CLASSES = 5
 NO_OFFSET = torch.zeros(CLASSES, dtype=torch.float64)
@@ -202,7 +204,7 @@ def test_deployment_scores_are_bayes_rule(name, tau, temperature, deployment):
     kept = {"ce": 1.0, "logit_adjust": 1 - tau, "balanced_softmax": 0.0}[name]
     per_image = torch.tensor([[1.0], [-2.0], [0.0]])
     f = temperature * (torch.tensor(LIKELIHOOD).log() + kept * prior.log() + per_image)
-    offset = LOSSES[name].log_offset(COUNTS, tau)
+    offset = LOSSES[name].log_offset(COUNTS, Knobs(tau=tau))
     q = torch.tensor(deployment, dtype=torch.float64)
     posterior = deployment_scores(f, temperature, offset, prior, q).softmax(1).numpy()
     np.testing.assert_allclose(posterior, bayes(LIKELIHOOD, np.array(deployment)), rtol=1e-9)
@@ -229,3 +231,43 @@ def test_rounding_does_not_turn_the_slope_of_separable_logits():
         logits, torch.zeros(20, dtype=torch.long), torch.zeros(2), bootstrap_seed=0
     )
     assert fitted.at_bound
+
+
+# --- cross-fitting on test images -------------------------------------------------------------
+
+
+def test_halves_hold_half_of_every_class():
+    targets = torch.tensor([0] * 7 + [1] * 4 + [2] * 5 + [3])
+    half = stratified_halves(targets, seed=3)
+    for c in range(4):
+        sizes = torch.bincount(half[targets == c], minlength=2)
+        assert abs(int(sizes[0] - sizes[1])) <= 1
+    assert torch.bincount(half).tolist() in ([9, 8], [8, 9])
+    assert half.tolist() == stratified_halves(targets, seed=3).tolist()
+    assert half.tolist() != stratified_halves(targets, seed=4).tolist()
+
+
+@OFFSETS
+def test_no_row_is_scored_with_a_temperature_that_has_seen_it(offset):
+    logits, targets = synthetic(2.0, offset)
+    crossed = cross_fit_temperature(logits, targets, offset, seed=0)
+    half = stratified_halves(targets, 0)
+    for h in (0, 1):
+        rows = half == h
+        (of_rows,) = crossed.per_row[rows].unique().tolist()
+        assert of_rows == crossed.halves[1 - h]
+        other = math.exp(brute_force_log_t(logits[~rows], targets[~rows], offset))
+        assert of_rows == pytest.approx(other, rel=1e-5)
+    spoilt = logits.clone()  # what one half says changes the scores of the other alone
+    spoilt[half == 0] *= 3
+    again = cross_fit_temperature(spoilt, targets, offset, seed=0)
+    assert torch.equal(again.per_row[half == 0], crossed.per_row[half == 0])
+    assert not torch.equal(again.per_row[half == 1], crossed.per_row[half == 1])
+
+
+def test_a_temperature_a_row_divides_that_row():
+    logits, log_offset = torch.randn(4, CLASSES), LOG_PRIOR
+    t = torch.tensor([[0.5], [1.0], [2.0], [4.0]], dtype=torch.float64)
+    together = scores(logits, t, log_offset)
+    one_by_one = [scores(logits[i : i + 1], float(t[i, 0]), log_offset)[0] for i in range(4)]
+    torch.testing.assert_close(together, torch.stack(one_by_one))

@@ -81,13 +81,14 @@ def test_cross_entropy_differs_by_nothing(rows):
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda counts, tau: -(counts / counts.sum()).log(),
-        lambda counts, tau: (counts / counts.sum()).log() * 1.01,
-        lambda counts, tau: (counts + 1.0).log(),
+        lambda counts: -(counts / counts.sum()).log(),
+        lambda counts: (counts / counts.sum()).log() * 1.01,
+        lambda counts: (counts + 1.0).log(),
     ],
 )
 def test_a_wrong_loss_is_not_as_theory(monkeypatch, wrong):
-    monkeypatch.setitem(LOSSES, "logit_adjust", LOSSES["logit_adjust"]._replace(train_shift=wrong))
+    terms = {"terms": lambda counts, knobs: {"shift": wrong(counts)}}
+    monkeypatch.setitem(LOSSES, "logit_adjust", LOSSES["logit_adjust"]._replace(**terms))
     found = loss_behaviour(TRAIN, HEAD, 1.0)
     assert {row.loss for row in found if not row.as_theory} == {"logit_adjust"}
 

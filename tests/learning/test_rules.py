@@ -170,3 +170,28 @@ def test_small_rules(finding, verdict, says):
     assert finding.verdict == verdict
     assert says in finding.message
     assert bool(finding.message) or verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("finding", "field", "verdict", "says"),
+    [
+        (rules.warmup_rule(0, **FULL, warmup_epochs=5), "warmup_steps", "ok", "warmup_epochs=5"),
+        (rules.warmup_epochs_rule(5, 200, (160, 180)), "warmup_epochs", "ok", ""),
+        (rules.warmup_epochs_rule(160, 200, (160, 180)), "warmup_epochs", "ok", ""),
+        (rules.warmup_epochs_rule(161, 200, (160,)), "warmup_epochs", "blocking", "at epoch 160"),
+        (rules.warmup_epochs_rule(5, 4, ()), "warmup_epochs", "blocking", "at epoch 4"),
+        (rules.milestones_rule((96,), 256, "cosine"), "milestones", "note", "not used"),
+        (rules.milestones_rule((), 256, "cosine"), "milestones", "ok", ""),
+        (rules.protocol_rule("experts", "own"), "protocol", "ok", ""),
+        (rules.protocol_rule("literature", "ldam"), "protocol", "note", "no hold-out"),
+        (rules.protocol_rule("literature", "own"), "protocol", "note", "not LDAM's"),
+        (rules.reweight_rule(None, "ce", 200, ()), "reweight_from", "ok", ""),
+        (rules.reweight_rule(3, "ce", 200, ()), "reweight_from", "note", "not used by ce"),
+        (rules.reweight_rule(None, "ldam_drw", 200, (160,)), "reweight_from", "ok", "epoch 160"),
+        (rules.reweight_rule(None, "ldam_drw", 160, (160,)), "reweight_from", "warning", "never"),
+        (rules.reweight_rule(199, "ldam_drw", 200, (160,)), "reweight_from", "ok", "epoch 199"),
+    ],
+)
+def test_knobs_of_the_literature(finding, field, verdict, says):
+    assert (finding.field, finding.verdict) == (field, verdict)
+    assert says in finding.message

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -131,3 +133,36 @@ def test_epochs_of_one_rate_share_a_row():
     for row, (first, last, rate) in zip(rows(68)[2:], levels, strict=True):
         assert row == (first, last, pytest.approx(rate), pytest.approx(rate))
     assert [row[:2] for row in rows(136)][:3] == [(0, 0), (1, 1), (2, 95)]
+
+
+LDAM = {
+    "lr": 0.1,
+    "lr_decay": 0.01,
+    "milestones": (160, 180),
+    "warmup_steps": 0,
+    "warmup_epochs": 5,
+    "steps_per_epoch": 85,
+}
+
+
+def test_the_schedule_of_ldam_epoch_by_epoch():
+    """The authors count epochs from 1: lr e / 5 up to 5, x0.01 after 160, x0.0001 after 180."""
+    for epoch in range(1, 201):
+        expected = 0.1
+        if epoch <= 5:
+            expected = 0.1 * epoch / 5
+        elif epoch > 180:
+            expected = 0.1 * 0.0001
+        elif epoch > 160:
+            expected = 0.1 * 0.01
+        for step in ((epoch - 1) * 85, epoch * 85 - 1):
+            assert lr_at(step, **LDAM) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_cosine_falls_from_the_rate_to_nothing():
+    settings = {**LDAM, "milestones": (3,), "warmup_epochs": 0, "cosine_epochs": 400}
+    total = 400 * 85
+    assert lr_at(0, **settings) == 0.1
+    assert lr_at(total // 2, **settings) == pytest.approx(0.05)
+    assert lr_at(total // 4, **settings) == pytest.approx(0.1 * (1 + math.sqrt(0.5)) / 2)
+    assert 0 < lr_at(total - 1, **settings) < 1e-8

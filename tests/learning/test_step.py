@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch.nn import functional as F
 
 from longtail_experts.data.batches import augmented_batches, draw_epoch, pad
 from longtail_experts.learning import step as step_module
+from longtail_experts.learning.losses import shifted_cross_entropy
 from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.learning.step import (
     COMPILE_REPAID_AFTER,
@@ -68,7 +70,7 @@ def train(state, batches, *, lr_at=falling_lr, precision="fp32", **rest) -> floa
     return train_epoch(
         state,
         batches,
-        shift=SHIFT.to(batches[0][0].device),
+        objective=partial(shifted_cross_entropy, shift=SHIFT.to(batches[0][0].device)),
         lr_at=lr_at,
         precision=precision,
         **rest,
@@ -198,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(poison):
         train_epoch(
             state,
             feed(),
-            shift=SHIFT,
+            objective=partial(shifted_cross_entropy, shift=SHIFT),
             lr_at=lambda step: step / 10_000,
             precision="fp32",
             on_step=lambda: done.append(1),

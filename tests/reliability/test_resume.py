@@ -118,6 +118,42 @@ def test_a_signal_at_any_step_ends_in_the_same_weights(
     assert all(torch.equal(ours[1][name], weights) for name, weights in theirs[1].items())
 
 
+def test_a_deferred_loss_under_strong_augmentation_goes_on_in_mid_epoch(
+    store, tiny_arguments, monkeypatch
+):
+    """What chance decides of policy, holes and shares, and when the weights act, is where it was
+    as well; a cosine with a warm-up by epochs takes the place of milestones."""
+    fields = {
+        **{"augmentation": "autoaugment", "cutout": "8", "mixup": "0.4", "epochs": "3"},
+        **{
+            "lr_schedule": "cosine",
+            "warmup_steps": "0",
+            "warmup_epochs": "2",
+            "reweight_from": "1",
+        },
+    }
+    arguments = [*tiny_arguments, *(p for k, v in fields.items() for p in (f"--{k}", v))]
+    assert main(["train", "--loss", "ldam_drw", *arguments]) == 0
+    train_step, taken = steps.train_step, []
+
+    def terminated_at_step(*args):
+        loss = train_step(*args)
+        taken.append(loss)
+        if len(taken) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "train_step", terminated_at_step)
+        assert main(["train", "--loss", "ldam_drw", *arguments]) == 143
+    (cut,) = (run.info.run_id for run in training_runs() if run.info.status == "KILLED")
+    (whole,) = (run.info.run_id for run in training_runs() if run.info.status == "FINISHED")
+    assert main(["train", "--resume", cut]) == 0
+    assert history(cut) == history(whole)
+    ours, theirs = last_checkpoint(cut)["model"], last_checkpoint(whole)["model"]
+    assert all(torch.equal(ours[name], weights) for name, weights in theirs.items())
+
+
 @pytest.mark.slow
 def test_the_parent_of_all_goes_on_with_what_is_missing(interrupted):
     """Killed in its first child; resumed, it finishes that child and starts the other two."""

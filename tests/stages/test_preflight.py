@@ -90,7 +90,9 @@ def test_not_ready_is_exit_code_1_with_a_remedy(store, tiny_arguments, monkeypat
         little = psutil.virtual_memory()._replace(available=1_000_000)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
     else:
-        wrong = LOSSES["logit_adjust"]._replace(train_shift=lambda counts, tau: counts.double())
+        wrong = LOSSES["logit_adjust"]._replace(
+            terms=lambda counts, knobs: {"shift": counts.double()}
+        )
         monkeypatch.setitem(LOSSES, "logit_adjust", wrong)
     assert main(["preflight", "--loss", "ce", *arguments]) == 1
     (line,) = capfd.readouterr().err.strip().splitlines()

@@ -13,9 +13,12 @@ from scipy import stats
 
 from longtail_experts.config import make_config
 from longtail_experts.data.batches import derive_seed
+from longtail_experts.learning.losses import LOSSES, Knobs
 from longtail_experts.tracking import study_report
 from longtail_experts.tracking.runs import RunError
 from longtail_experts.tracking.study import (
+    KNOBS,
+    KNOBS_OF,
     SPLITS_TOO,
     TRAINING,
     Trial,
@@ -39,7 +42,7 @@ def trial(value: float = 0.5, *, splits="", tags=None, metrics=None, started=Non
         run_id=f"run{here}",
         run_name="",
         started=here if started is None else started,
-        fields={"protocol": "experts", "subset_rule": "own", **config.as_text()},
+        fields=config.as_text(),
         metrics={BALANCED: value, **(metrics or {})},
         tags=tags or {},
         splits_sha256=splits or f"splits of {config.split_seed}",
@@ -322,6 +325,25 @@ def test_a_figure_that_some_runs_lack_says_its_own_n():
     assert row["n"] == "3"
     assert row["balanced"].endswith("(n = 2)")
     assert "(n" not in row["overall"]
+
+
+def test_what_is_approximate_says_so():
+    assert "Approximate" not in study_report.how_to_read(study(trial(), trial(loss="logit_adjust")))
+    told = study_report.how_to_read(study(trial(), trial(loss="focal"), trial(loss="ldam_drw")))
+    assert "the logits of focal, ldam_drw a log-posterior" in told
+
+
+def test_a_knob_counts_only_under_the_losses_that_have_it():
+    swept = [trial(loss=loss, gamma=g) for loss in ("ce", "focal") for g in (1, 2)]
+    assert labels(*swept) == ["ce", "focal gamma 1", "focal gamma 2"]
+    found = study(*swept)
+    assert found.num_replaced == 1
+    assert [found.reference_of(group) is not None for group in found.groups] == [False, True, True]
+
+
+def test_every_loss_says_which_knobs_it_has():
+    assert set(KNOBS_OF) == set(LOSSES)
+    assert set(KNOBS) == set(Knobs._fields) | {"reweight_from"}
 
 
 def test_latex_is_balanced_and_escaped():

@@ -11,6 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longtail_experts.data.augment import (
+    PLAIN,
+    Augmentation,
+    apply_operations,
+    cut_out,
+    draw_holes,
+    draw_operations,
+    draw_shares,
+    mix,
+    partners,
+)
+
 PADDING = 4
 # Per channel, of the 50,000 CIFAR-100 training images scaled to [0, 1].
 MEAN = (0.5071, 0.4865, 0.4409)
@@ -39,20 +51,41 @@ def pad(images: Tensor) -> Tensor:
 
 
 class EpochDraws(NamedTuple):
-    """What chance decides in one epoch, in the order in which images are visited."""
+    """What chance decides in one epoch, a row an image, in the order in which they are visited.
+
+    The last three have as many columns as there is to do: none, unless an augmentation asks.
+    """
 
     order: Tensor  # int64 [N], a permutation
     top: Tensor  # int64 [N], 0..2*PADDING, first row of the crop
     left: Tensor  # int64 [N]
     flip: Tensor  # bool [N]
+    operations: Tensor  # int64 [N, 0 or 2], places in augment.OPERATIONS; on the CPU
+    holes: Tensor  # int64 [N, 0 or 1, 4], edges of what Cutout blanks
+    share: Tensor  # float32 [N, 0 or 1], of mixup; a batch takes that of its first image
 
 
-def draw_epoch(num_images: int, expert_seed: int, epoch: int, device: str = "cpu") -> EpochDraws:
+def draw_epoch(
+    num_images: int,
+    expert_seed: int,
+    epoch: int,
+    device: str = "cpu",
+    augmentation: Augmentation = PLAIN,
+) -> EpochDraws:
+    """Each kind of draw has its own seed: order, crop and flip are the same under every
+    augmentation, and mixup changes nothing of the policy."""
     generator = torch.Generator().manual_seed(derive_seed(expert_seed, "epoch", epoch))
     order = torch.randperm(num_images, generator=generator)
     offsets = torch.randint(0, 2 * PADDING + 1, (2, num_images), generator=generator)
     flip = torch.rand(num_images, generator=generator) < 0.5
-    return EpochDraws(*(x.to(device) for x in (order, offsets[0], offsets[1], flip)))
+    policy, cutout, mixup = augmentation
+    operations = draw_operations(policy, num_images, derive_seed(expert_seed, policy, epoch))
+    holes = draw_holes(cutout, num_images, derive_seed(expert_seed, "cutout", epoch))
+    share = draw_shares(mixup, num_images, derive_seed(expert_seed, "mixup", epoch))
+    order, top, left, flip, holes, share = (
+        x.to(device) for x in (order, *offsets, flip, holes, share)
+    )
+    return EpochDraws(order, top, left, flip, operations, holes, share)
 
 
 def crop_and_flip(padded: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
@@ -70,10 +103,25 @@ def crop_and_flip(padded: Tensor, index: Tensor, top: Tensor, left: Tensor, flip
 
 def augmented_batches(
     padded: Tensor, targets: Tensor, draws: EpochDraws, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (images float32 [B, 3, H, W], targets int64 [B]); the last may be short."""
-    for index, top, left, flip in zip(*(x.split(batch_size) for x in draws), strict=True):
-        yield normalise(crop_and_flip(padded, index, top, left, flip)), targets[index]
+) -> Iterator[tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]]:
+    """One epoch of (images float32 [B, 3, H, W], targets int64 [B]); the last may be short.
+
+    With mixup the targets are three: own int64 [B], the partners' int64 [B], share float32 []; the
+    loss is share * L(own) + (1 - share) * L(partners').
+    """
+    for index, top, left, flip, operations, holes, share in zip(
+        *(x.split(batch_size) for x in draws), strict=True
+    ):
+        pixels = crop_and_flip(padded, index, top, left, flip)
+        if operations.shape[1]:
+            planes = apply_operations(pixels.permute(0, 3, 1, 2), operations)
+            pixels = planes.permute(0, 2, 3, 1).contiguous()
+        images = cut_out(normalise(pixels), holes)
+        own = targets[index]
+        if share.shape[1]:
+            yield mix(images, share[0, 0]), (own, partners(own), share[0, 0])
+        else:
+            yield images, own
 
 
 def plain_batches(images: Tensor, batch_size: int, device: str) -> Iterator[Tensor]:

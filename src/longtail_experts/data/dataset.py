@@ -32,6 +32,10 @@ class Dataset:
         masks = class_groups(self.splits.pool_counts)
         return {name: torch.from_numpy(mask) for name, mask in masks.items()}
 
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        return self.splits.names
+
     def size(self, split: str) -> int:
         return len(self.splits.indices[split])
 
@@ -44,6 +48,9 @@ class Dataset:
         """int64 [N]."""
         _, labels = split_images(split, self.images)
         return torch.from_numpy(labels[self.splits.indices[split]])
+
+    def targets_if_any(self, split: str) -> Tensor | None:
+        return self.targets(split) if split in self.split_names else None
 
     def class_counts(self, split: str) -> Tensor:
         """int64 [C]."""

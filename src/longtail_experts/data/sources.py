@@ -1,6 +1,7 @@
 """Image sources: each becomes uint8 arrays, labels, class names and a fingerprint.
 
     cifar100    official files (md5-checked by torchvision, or downloaded by it), or parquet
+    cifar10     the same of CIFAR-10
     images      a folder train/<class>/*, test/<class>/* of images, resized to 32x32
     synthetic   generated from a seed, for demos and tests; says nothing about real images
 
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,13 +29,31 @@ from longtail_experts.data.archives import read_npz
 log = logging.getLogger(__name__)
 
 SIZE = 32
-CIFAR100_CLASSES = 100
-CIFAR100_LARGEST = 500
-MAX_ROWS = 60_000  # CIFAR-100 has 50,000 + 10,000
-MAX_UNPACKED = 2**31  # bytes of a parquet file's columns; CIFAR-100 has 0.2 GB
+MAX_ROWS = 60_000  # either CIFAR has 50,000 + 10,000
+MAX_UNPACKED = 2**31  # bytes of a parquet file's columns; CIFAR has 0.2 GB
 PARQUET_ROWS = 500  # decoded at a time
 MAX_PIXELS = 50_000_000  # of one image of a folder, before it is decoded
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+class Cifar(NamedTuple):
+    """What tells CIFAR-10 and CIFAR-100 apart."""
+
+    source: str
+    title: str
+    num_classes: int
+    largest: int  # training images of a class
+    folder: str  # of the official files
+    label: str  # column of the parquet files
+
+
+CIFARS = {
+    cifar.source: cifar
+    for cifar in (
+        Cifar("cifar100", "CIFAR-100", 100, 500, "cifar-100-python", "fine_label"),
+        Cifar("cifar10", "CIFAR-10", 10, 5000, "cifar-10-batches-py", "label"),
+    )
+}
 
 
 class DataError(ValueError):
@@ -71,47 +90,49 @@ def load_images(
 ) -> ImageData:
     """The images of a source; raises DataError before anything is written.
 
-    `seed` and `images_per_class` shape the synthetic source alone; `download` allows cifar100
+    `seed` and `images_per_class` shape the synthetic source alone; `download` allows CIFAR
     to be fetched into a data_dir that holds none of it.
     """
     if source == "synthetic":
-        return synthetic_images(seed, images_per_class or CIFAR100_LARGEST)
+        return synthetic_images(seed, images_per_class or CIFARS["cifar100"].largest)
     if not data_dir:
         raise DataError(f"data_dir={data_dir or 'none'}: source={source} needs a folder")
     try:
         if source == "images":
             return folder_images(Path(data_dir))
-        return cifar100_images(Path(data_dir), download)
+        return cifar_images(CIFARS[source], Path(data_dir), download)
     except OSError as error:  # a folder that may not be read, a name too long
         raise DataError(f"data_dir={data_dir[:200]}: {error.strerror or error}") from None
 
 
-# --- CIFAR-100 --------------------------------------------------------------------------------
+# --- CIFAR ------------------------------------------------------------------------------------
 
 
-def cifar100_images(folder: Path, download: bool = True) -> ImageData:
-    if official_files_present(folder):
-        return _cifar100_official(folder, download)
+def cifar_images(cifar: Cifar, folder: Path, download: bool = True) -> ImageData:
+    if official_files_present(cifar, folder):
+        return _cifar_official(cifar, folder, download)
     if parquet_files(folder):
-        return _cifar100_parquet(folder)
+        return _cifar_parquet(cifar, folder)
     if not download:
-        raise DataError(f"data_dir={folder}: {_WHAT_CIFAR100_LOOKS_LIKE}")
-    return _cifar100_official(folder, download)
+        raise DataError(f"data_dir={folder}: {_what_it_looks_like(cifar)}")
+    return _cifar_official(cifar, folder, download)
 
 
-_WHAT_CIFAR100_LOOKS_LIKE = (
-    "no CIFAR-100 there; expected cifar-100-python/ (or its .tar.gz) or train*.parquet and "
-    "test*.parquet with columns img and fine_label"
-)
+def _what_it_looks_like(cifar: Cifar) -> str:
+    return (
+        f"no {cifar.title} there; expected {cifar.folder}/ (or its .tar.gz) or train*.parquet and "
+        f"test*.parquet with columns img and {cifar.label}"
+    )
 
 
-def official_files_present(folder: Path) -> bool:
-    names = ("cifar-100-python", "cifar-100-python.tar.gz")
-    return any((folder / name).exists() for name in names)
+def official_files_present(cifar: Cifar, folder: Path) -> bool:
+    # torchvision's archive of CIFAR-10 is cifar-10-python.tar.gz
+    archive = f"{cifar.folder.replace('-batches-py', '-python')}.tar.gz"
+    return any((folder / name).exists() for name in (cifar.folder, archive))
 
 
 def cifar100_on_disk(folder: Path) -> bool:
-    return official_files_present(folder) or bool(parquet_files(folder))
+    return official_files_present(CIFARS["cifar100"], folder) or bool(parquet_files(folder))
 
 
 def cifar100_can_be_downloaded(seconds: float = 5.0) -> bool:
@@ -137,29 +158,31 @@ def cifar100_can_be_downloaded(seconds: float = 5.0) -> bool:
     return reached.is_set()
 
 
-def _cifar100_official(folder: Path, download: bool) -> ImageData:
-    from torchvision.datasets import CIFAR100
+def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
+    from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets.utils import check_integrity
 
-    def both(fetch: bool) -> list:  # torchvision's `download` also unpacks an archive that it has
-        return [CIFAR100(folder, train, download=fetch) for train in (True, False)]
+    dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[cifar.source]
 
-    archive = folder / CIFAR100.filename
+    def both(fetch: bool) -> list:  # torchvision's `download` also unpacks an archive that it has
+        return [dataset(folder, train, download=fetch) for train in (True, False)]
+
+    archive = folder / dataset.filename
     try:
         try:
             halves = both(fetch=False)
         except RuntimeError:  # not there, or not of the right md5
-            if check_integrity(archive, CIFAR100.tgz_md5):
+            if check_integrity(archive, dataset.tgz_md5):
                 halves = both(fetch=True)
-            elif download and not official_files_present(folder):
-                log.warning("downloading CIFAR-100 into %s (169 MB)", folder)
+            elif download and not official_files_present(cifar, folder):
+                log.warning("downloading %s into %s (170 MB)", cifar.title, folder)
                 halves = both(fetch=True)
             else:
                 raise
     except (OSError, RuntimeError, EOFError) as error:  # md5 mismatch, no network, bad archive
         raise DataError(
-            f"data_dir={folder}: CIFAR-100 is missing, damaged or cannot be downloaded "
-            f"({first_line(error)}); {_WHAT_CIFAR100_LOOKS_LIKE}"
+            f"data_dir={folder}: {cifar.title} is missing, damaged or cannot be downloaded "
+            f"({first_line(error)}); {_what_it_looks_like(cifar)}"
         ) from None
     train, test = halves
     return _image_data(
@@ -168,9 +191,9 @@ def _cifar100_official(folder: Path, download: bool) -> ImageData:
         test.data,
         test.targets,
         tuple(train.classes),
-        source="cifar100",
+        source=cifar.source,
         index_space="torchvision",
-        largest_class=CIFAR100_LARGEST,
+        largest_class=cifar.largest,
     )
 
 
@@ -180,7 +203,7 @@ def parquet_files(folder: Path) -> list[Path]:
     return [p for p in found if p.name.startswith(("train", "test")) and p.is_file()]
 
 
-def _cifar100_parquet(folder: Path) -> ImageData:
+def _cifar_parquet(cifar: Cifar, folder: Path) -> ImageData:
     files = parquet_files(folder)
     halves = {
         half: [path for path in files if path.name.startswith(half)] for half in ("train", "test")
@@ -191,7 +214,7 @@ def _cifar100_parquet(folder: Path) -> ImageData:
 
     def decode() -> ImageData:
         (train_images, train_labels, names), (test_images, test_labels, _) = (
-            _read_parquet(paths) for paths in halves.values()
+            _read_parquet(cifar, paths) for paths in halves.values()
         )
         return _image_data(
             train_images,
@@ -199,15 +222,17 @@ def _cifar100_parquet(folder: Path) -> ImageData:
             test_images,
             test_labels,
             names,
-            source="cifar100",
+            source=cifar.source,
             index_space=None,
-            largest_class=CIFAR100_LARGEST,
+            largest_class=cifar.largest,
         )
 
-    return _cached(_sha256_of_files(files, folder), decode)
+    return _cached(f"{cifar.source}-{_sha256_of_files(files, folder)}", decode)
 
 
-def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _read_parquet(
+    cifar: Cifar, paths: list[Path]
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -222,10 +247,10 @@ def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str,
                 if len(labels) + about.num_rows > MAX_ROWS or unpacked > MAX_UNPACKED:
                     raise DataError(
                         f"{path}: {about.num_rows:,} rows of {unpacked:,} bytes are more than "
-                        "CIFAR-100 can have"
+                        f"{cifar.title} can have"
                     )
-                names = names or _names_in_schema(file.schema_arrow.metadata)
-                rows = _rows_of(file, path)
+                names = names or _names_in_schema(cifar, file.schema_arrow.metadata)
+                rows = _rows_of(cifar, file, path)
                 for data, label in _progress(rows, f"decoding {path.name}", about.num_rows):
                     images.append(data)
                     labels.append(label)
@@ -233,22 +258,24 @@ def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str,
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"{path}: not a parquet file of CIFAR-100 ({first_line(error)})"
+                f"{path}: not a parquet file of {cifar.title} ({first_line(error)})"
             ) from None
-    names = names or tuple(f"class {c}" for c in range(CIFAR100_CLASSES))
+    names = names or tuple(f"class {c}" for c in range(cifar.num_classes))
     if not images:
         raise DataError(f"{paths[0]}: holds no image")
     return np.stack(images), np.array(labels, dtype=np.int64), names
 
 
-def _rows_of(file: Any, path: Path) -> Iterator[tuple[np.ndarray, int]]:
+def _rows_of(cifar: Cifar, file: Any, path: Path) -> Iterator[tuple[np.ndarray, int]]:
     """(uint8 [32, 32, 3], label) of every row, each checked before it is decoded."""
     row = 0
-    for batch in file.iter_batches(PARQUET_ROWS, columns=["img", "fine_label"]):
-        cells, labels = batch["img"].to_pylist(), batch["fine_label"].to_pylist()
+    for batch in file.iter_batches(PARQUET_ROWS, columns=["img", cifar.label]):
+        cells, labels = batch["img"].to_pylist(), batch[cifar.label].to_pylist()
         for cell, label in zip(cells, labels, strict=True):
-            if type(label) is not int or not 0 <= label < CIFAR100_CLASSES:
-                raise DataError(f"{path}: row {row}: fine_label={label} is not in 0..99")
+            if type(label) is not int or not 0 <= label < cifar.num_classes:
+                raise DataError(
+                    f"{path}: row {row}: {cifar.label}={label} is not in 0..{cifar.num_classes - 1}"
+                )
             data = cell["bytes"]
             if not isinstance(data, bytes):
                 raise DataError(f"{path}: row {row}: img.bytes holds no bytes")
@@ -256,11 +283,11 @@ def _rows_of(file: Any, path: Path) -> Iterator[tuple[np.ndarray, int]]:
             row += 1
 
 
-def _names_in_schema(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
+def _names_in_schema(cifar: Cifar, metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
     try:
         info = json.loads((metadata or {})[b"huggingface"])
-        names = info["info"]["features"]["fine_label"]["names"]
-        return tuple(map(str, names)) if len(names) == CIFAR100_CLASSES else None
+        names = info["info"]["features"][cifar.label]["names"]
+        return tuple(map(str, names)) if len(names) == cifar.num_classes else None
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -1,4 +1,4 @@
-"""The six splits and the balanced remainder: which image serves what.
+"""Which image serves what: the six splits and the balanced remainder, or the literature's two.
 
 A pure function of the labels, the imbalance settings and the split seed. Randomness comes from
 numpy's legacy RandomState, whose streams are frozen (NEP 19), so equal inputs give equal splits
@@ -19,24 +19,33 @@ from longtail_experts.data.sources import DataError, ImageData
 POOL_SPLITS = ("train", "tuneV", "val_small", "calib")  # indices into the training images
 TEST_SPLITS = ("val_lt", "test_lt", "test_balanced")  # indices into the test images
 SPLITS = POOL_SPLITS + TEST_SPLITS
+LITERATURE_SPLITS = ("train", "test_balanced")  # the whole pool, all test images; no hold-out
 POOL_PERCENT = (80, 8, 6, 6)
 VAL_LT_PERCENT = 20
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Ascending int64 indices by split name, and the class counts of the LT pool."""
+    """Ascending int64 indices by split name, and the class counts of the LT pool.
+
+    Under the protocol "experts" all of SPLITS are there, under "literature" LITERATURE_SPLITS.
+    """
 
     indices: dict[str, np.ndarray]
     pool_counts: tuple[int, ...]
     settings: dict[str, Any]  # source, fingerprint and everything else that decides the indices
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Those that are there, in the order of SPLITS."""
+        return tuple(name for name in SPLITS if name in self.indices)
+
+    @property
     def sha256(self) -> str:
         """Of what the splits are: which images, by the source's fingerprint, fall in which."""
         content = {
             "fingerprint": self.settings["fingerprint"],
-            "indices": {name: self.indices[name].tolist() for name in SPLITS},
+            "indices": {name: self.indices[name].tolist() for name in self.names},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -55,8 +64,11 @@ def make_splits(
     imbalance_factor: float,
     images_per_class: int | None,
     split_seed: int,
+    protocol: str = "experts",
+    subset_rule: str = "own",
 ) -> Splits:
-    """All splits of a source; raises DataError naming the class that has too few images."""
+    """All splits of a source; raises DataError naming the class that has too few images, or the
+    subset rule that cannot be followed."""
     num_classes = len(images.class_names)
     present = np.bincount(images.train_labels, minlength=num_classes).tolist()
     if imbalance_profile == "natural":
@@ -80,8 +92,22 @@ def make_splits(
     if min(test_counts) == 0:
         c = test_counts.index(0)
         raise DataError(f"class {c} ({images.class_names[c]}): no test image present")
-    indices = split_pool(images.train_labels, pool_counts, split_seed)
-    indices |= split_test(images.test_labels, pool_counts, split_seed)
+    if subset_rule == "ldam":
+        if images.index_space != "torchvision":
+            raise DataError(
+                "subset_rule=ldam: which images it takes depends on their order in the official "
+                "files, and these are not they; give those (cifar-100-python/), or subset_rule=own"
+            )
+        by_class = ldam_order(images.train_labels, num_classes)
+    else:
+        by_class = own_order(images.train_labels, num_classes, split_seed)
+    pool = [order[:n] for order, n in zip(by_class, pool_counts, strict=True)]
+    if protocol == "literature":
+        everything = np.arange(len(images.test_labels))
+        indices = {"train": np.concatenate(pool), "test_balanced": everything}
+    else:
+        indices = split_pool(pool)
+        indices |= split_test(images.test_labels, pool_counts, split_seed)
     settings = {
         "source": images.source,
         "fingerprint": images.fingerprint,
@@ -90,6 +116,8 @@ def make_splits(
         "imbalance_factor": None if imbalance_profile == "natural" else float(imbalance_factor),
         "images_per_class": images_per_class,
         "split_seed": split_seed,
+        "protocol": protocol,
+        "subset_rule": subset_rule,
     }
     splits = Splits({k: np.sort(v) for k, v in indices.items()}, tuple(pool_counts), settings)
     check_disjoint(splits)
@@ -101,24 +129,38 @@ def _shuffled_class(labels: np.ndarray, c: int, split_seed: int, what: str) -> n
     return random.permutation(np.flatnonzero(labels == c))
 
 
-def split_pool(labels: np.ndarray, pool_counts: list[int], split_seed: int) -> dict:
-    """The LT pool into train / tuneV / val_small / calib, 80 : 8 : 6 : 6.
+def own_order(labels: np.ndarray, num_classes: int, split_seed: int) -> list[np.ndarray]:
+    """The images of each class in the order in which the pool takes them."""
+    return [_shuffled_class(labels, c, split_seed, "pool") for c in range(num_classes)]
+
+
+def ldam_order(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """The same as in the code of LDAM (Cao et al., NeurIPS 2019), which most of the field uses:
+    after np.random.seed(0), the images of class 0, 1, ... are shuffled one class after another.
+    labels must be in the order of the official files."""
+    random = np.random.RandomState(0)
+    by_class = [np.flatnonzero(labels == c) for c in range(num_classes)]
+    for images in by_class:
+        random.shuffle(images)
+    return by_class
+
+
+def split_pool(pool: list[np.ndarray]) -> dict:
+    """The LT pool into train / tuneV / val_small / calib, 80 : 8 : 6 : 6; indices by class.
 
     train shares its places among the classes by largest remainder, at least one each. What is
     left, class by class in shuffled order, is dealt one image at a time to whichever of the
     other three is furthest behind its quota.
     """
+    pool_counts = [len(images) for images in pool]
     total, num_classes = sum(pool_counts), len(pool_counts)
     num_train, *quotas = share(total, POOL_PERCENT)
     if num_train < num_classes:
         num_train = num_classes
         quotas = share(total - num_classes, POOL_PERCENT[1:])
     train_counts = share_at_least_one(num_train, pool_counts)
-    train, left = [], []
-    for c in range(num_classes):
-        pool = _shuffled_class(labels, c, split_seed, "pool")[: pool_counts[c]]
-        train.append(pool[: train_counts[c]])
-        left.append(pool[train_counts[c] :])
+    train = [images[:n] for images, n in zip(pool, train_counts, strict=True)]
+    left = [images[n:] for images, n in zip(pool, train_counts, strict=True)]
     dealt = deal(np.concatenate(left), quotas)
     return dict(zip(POOL_SPLITS, [np.concatenate(train), *dealt], strict=True))
 
@@ -170,6 +212,8 @@ def check_disjoint(splits: Splits) -> None:
     pairs = [(a, b) for i, a in enumerate(POOL_SPLITS) for b in POOL_SPLITS[i + 1 :]]
     pairs += [("val_lt", "test_lt"), ("val_lt", "test_balanced")]
     for a, b in pairs:
+        if a not in splits.indices or b not in splits.indices:
+            continue
         shared = np.intersect1d(splits.indices[a], splits.indices[b])
         if len(shared):
             raise AssertionError(f"splits {a} and {b} share indices {shared[:5].tolist()}")
@@ -182,7 +226,9 @@ def identical_images(splits: Splits, images: ImageData) -> list[list[str]]:
     under test_balanced, or under val_lt.
     """
     seen: dict[bytes, list[str]] = {}
-    for name in (*POOL_SPLITS, "val_lt", "test_balanced"):
+    for name in splits.names:
+        if name == "test_lt":
+            continue
         pixels, _ = split_images(name, images)
         half = "train" if name in POOL_SPLITS else "test"
         for i in splits.indices[name]:
@@ -195,7 +241,7 @@ def manifest(splits: Splits, images: ImageData) -> dict[str, Any]:
     """splits/manifest.json: settings, hash, and for each split its size and class counts."""
     num_classes = len(images.class_names)
     table = {}
-    for name in SPLITS:
+    for name in splits.names:
         _, labels = split_images(name, images)
         counts = np.bincount(labels[splits.indices[name]], minlength=num_classes)
         absent = np.flatnonzero(counts == 0).tolist()

@@ -25,13 +25,18 @@ class Temperature(NamedTuple):
     at_bound: bool
 
 
-def scores(logits: Tensor, temperature: float, log_offset: Tensor) -> Tensor:
-    """f / T + log_offset, float64 [N, C]: log-posterior under the training prior."""
+def scores(logits: Tensor, temperature: float | Tensor, log_offset: Tensor) -> Tensor:
+    """f / T + log_offset, float64 [N, C]: log-posterior under the training prior. T is one number,
+    or float64 [N, 1], one a row."""
     return logits.double() / temperature + log_offset.double()
 
 
 def deployment_scores(
-    logits: Tensor, temperature: float, log_offset: Tensor, prior: Tensor, deployment: Tensor
+    logits: Tensor,
+    temperature: float | Tensor,
+    log_offset: Tensor,
+    prior: Tensor,
+    deployment: Tensor,
 ) -> Tensor:
     """f / T + log_offset + log q - log prior: log-posterior under the deployment prior q [C].
 
@@ -43,7 +48,7 @@ def deployment_scores(
 
 
 def posthoc_scores(
-    logits: Tensor, temperature: float, log_offset: Tensor, prior: Tensor, tau: float
+    logits: Tensor, temperature: float | Tensor, log_offset: Tensor, prior: Tensor, tau: float
 ) -> Tensor:
     """f / T + log_offset - tau log prior, float64 [N, C]: post-hoc logit adjustment.
 
@@ -71,6 +76,13 @@ def fit_temperature(
     sought in [-4, 4] until |d NLL / d log T| < 1e-6; `at_bound` says that the minimum lies at an
     end of that range. Raises ValueError without rows or with logits that are not finite.
     """
+    value, at_bound = minimise_nll(logits, targets, log_offset)
+    low, high = _bootstrap_interval(logits, targets, log_offset, bootstrap_seed)
+    return Temperature(value, low, high, at_bound)
+
+
+def minimise_nll(logits: Tensor, targets: Tensor, log_offset: Tensor) -> tuple[float, bool]:
+    """(T, whether it lies at a bound), as `fit_temperature` says."""
     if len(targets) == 0:
         raise ValueError("temperature: the calibration split holds no image")
     if not bool(torch.isfinite(logits).all()):
@@ -87,9 +99,44 @@ def fit_temperature(
         log_t, at_bound = brentq(slope, -LOG_T_BOUND, LOG_T_BOUND, xtol=1e-13), False
         if abs(slope(log_t)) >= 1e-6:
             raise RuntimeError(f"temperature: slope {slope(log_t):.3g} at log T = {log_t:.6g}")
-    low, high = _bootstrap_interval(logits, targets, log_offset, bootstrap_seed)
-    value = float(np.exp(log_t))
-    return Temperature(value, low, high, at_bound)
+    return float(np.exp(log_t)), at_bound
+
+
+class CrossFit(NamedTuple):
+    """Two-fold: the rows of one half are scored with the T fitted on the other."""
+
+    halves: tuple[float, float]  # T fitted on the rows of half 0, and of half 1
+    per_row: Tensor  # float64 [N, 1], the T of the other half
+    at_bound: bool
+
+
+def cross_fit_temperature(
+    logits: Tensor, targets: Tensor, log_offset: Tensor, *, seed: int
+) -> CrossFit:
+    """For test images without a calibration split: no row is scored with a T that has seen it."""
+    half = stratified_halves(targets, seed)
+    fits = [minimise_nll(logits[half == h], targets[half == h], log_offset) for h in (0, 1)]
+    halves = (fits[0][0], fits[1][0])
+    at_bound = any(at_bound for _, at_bound in fits)
+    return CrossFit(halves, of_the_other_half(halves, targets, seed), at_bound)
+
+
+def of_the_other_half(halves: tuple[float, float], targets: Tensor, seed: int) -> Tensor:
+    """float64 [N, 1]: for each row the T of the half that it is not in."""
+    half = stratified_halves(targets, seed)
+    return torch.tensor(halves, dtype=torch.float64)[1 - half][:, None]
+
+
+def stratified_halves(targets: Tensor, seed: int) -> Tensor:
+    """int64 [N], 0 or 1: the images of each class, shuffled, are dealt to the two in turn; so each
+    holds half of every class, and of all, within one image."""
+    random, labels = np.random.RandomState(seed), targets.cpu().numpy()
+    order = np.concatenate(
+        [random.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    )
+    half = np.empty(len(labels), dtype=np.int64)
+    half[order] = np.arange(len(labels)) % 2
+    return torch.from_numpy(half)
 
 
 def _bootstrap_interval(

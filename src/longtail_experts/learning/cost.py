@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 
-from longtail_experts.learning.losses import shifted_cross_entropy
+from longtail_experts.learning.losses import Objective
 from longtail_experts.learning.step import TrainState, predict_logits, train_step
 
 WARM_UP = 2  # steps that are not counted
@@ -73,7 +74,7 @@ def _kept_bytes(model: nn.Module, num_images: int, precision: str, device: str) 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images)
-        loss = shifted_cross_entropy(logits, targets, torch.zeros(1, device=device))
+        loss = F.cross_entropy(logits.float(), targets)
     total = sum(kept.values())
     del loss  # until here it held what was kept, so that no address was used twice
     return total
@@ -87,11 +88,11 @@ class Pace(NamedTuple):
 
 
 def measure_pace(
-    state: TrainState, images: Tensor, targets: Tensor, shift: Tensor, precision: str
+    state: TrainState, images: Tensor, targets: Tensor, objective: Objective, precision: str
 ) -> Pace:
     """Medians over a few steps on one batch; `state` is of no use afterwards."""
     state.model.train()
-    training = time_steps(state, [(images, targets)] * (WARM_UP + NUM_STEPS), shift, precision)
+    training = time_steps(state, [(images, targets)] * (WARM_UP + NUM_STEPS), objective, precision)
     predicting = []
     for _ in range(WARM_UP + NUM_STEPS):
         started = time.perf_counter()
@@ -103,14 +104,14 @@ def measure_pace(
 def time_steps(
     state: TrainState,
     batches: Iterable[tuple[Tensor, Tensor]],
-    shift: Tensor,
+    objective: Objective,
     precision: str,
 ) -> float:
     """Seconds an image: the median over steps after the first ones, at a learning rate of 0."""
     seconds = []
     for images, targets in batches:
         started = time.perf_counter()
-        float(train_step(state, images, targets, shift, 0.0, precision))  # waits for the device
+        float(train_step(state, images, targets, objective, 0.0, precision))  # waits for the device
         seconds.append((time.perf_counter() - started) / len(targets))
     return statistics.median(seconds[min(WARM_UP, len(seconds) - 1) :])
 

@@ -18,7 +18,7 @@ def evaluate(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     log_offset: Tensor,
     prior: Tensor,
     deployment: Tensor,
@@ -26,10 +26,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracies of argmax f, and the scores under the deployment prior q, at T and at T = 1.
 
-    logits [N, C], targets int64 [N]; log_offset, prior, deployment float64 [C]; groups name ->
-    bool [C], head among them. `nll`, `brier`, `ece` (and head_, tail_ of each) use
-    f / T + log_offset + log q - log prior, whose own argmax gives `adjusted_accuracy` and
-    `adjusted_balanced_accuracy`; `_uncalibrated` is the same at T = 1.
+    logits [N, C], targets int64 [N]; temperature a number, or [N, 1], one a row; log_offset,
+    prior, deployment float64 [C]; groups name -> bool [C], head among them. `nll`, `brier`, `ece`
+    (and head_, tail_ of each) use f / T + log_offset + log q - log prior, whose own argmax gives
+    `adjusted_accuracy` and `adjusted_balanced_accuracy`; `_uncalibrated` is the same at T = 1.
     """
     num_classes = logits.shape[1]
     values = accuracies(logits.argmax(1), targets, groups, num_classes)
@@ -56,7 +56,7 @@ def posthoc_accuracies(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     log_offset: Tensor,
     prior: Tensor,
     groups: Mapping[str, Tensor],
@@ -76,14 +76,14 @@ def prior_weighted_accuracy(logits: Tensor, targets: Tensor, pool_prior: Tensor)
     return float((pool_prior.double() * recall).sum())
 
 
-def deployment_priors(test_lt_targets: Tensor, num_classes: int) -> dict[str, Tensor]:
+def deployment_priors(test_lt_targets: Tensor | None, num_classes: int) -> dict[str, Tensor]:
     """The prior q, float64 [C], under which each test split is scored: its own label frequencies
-    on test_lt, uniform on test_balanced."""
-    uniform = torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
-    return {
-        "test_lt": label_frequencies(test_lt_targets, num_classes),
-        "test_balanced": uniform,
-    }
+    on test_lt, where there is that split, uniform on test_balanced."""
+    priors = {}
+    if test_lt_targets is not None:
+        priors["test_lt"] = label_frequencies(test_lt_targets, num_classes)
+    priors["test_balanced"] = torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
+    return priors
 
 
 def label_frequencies(targets: Tensor, num_classes: int) -> Tensor:

@@ -1,8 +1,8 @@
 """What each loss does to frequent and to rare targets before anything is learnt.
 
-Every loss here is -log(w_y e^{f_y} / sum_j w_j e^{f_j}) with weights w: 1 for cross-entropy,
-prior^tau for logit adjustment (Menon et al., ICLR 2021, eq. 10), counts for balanced softmax
-(Ren et al., NeurIPS 2020, eq. 3). So the difference to cross-entropy on a target y is
+Of the losses that shift logits: each is -log(w_y e^{f_y} / sum_j w_j e^{f_j}) with weights w: 1
+for cross-entropy, prior^tau for logit adjustment (Menon et al., ICLR 2021, eq. 10), counts for
+balanced softmax (Ren et al., NeurIPS 2020, eq. 3). So the difference to cross-entropy on y is
 
     log(sum_j w_j e^{f_j} / sum_j e^{f_j}) - log w_y,
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longtail_experts.learning.losses import LOSSES, shifted_cross_entropy
+from longtail_experts.learning.losses import SHIFTED, Knobs, objective_of
 
 NUM_LOGITS = 256
 TOLERANCE = 1e-4  # nats; the losses are float32, the equation float64
@@ -59,7 +59,7 @@ def loss_behaviour(
     }
     plain = [mean_losses("ce", logits, class_counts, tau) for logits in (random, uniform)]
     rows = []
-    for loss in LOSSES:
+    for loss in SHIFTED:
         ours = [mean_losses(loss, logits, class_counts, tau) for logits in (random, uniform)]
         theory = [
             theoretical_difference(loss, logits, class_counts, tau) for logits in (random, uniform)
@@ -73,10 +73,10 @@ def loss_behaviour(
 
 def mean_losses(loss: str, logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
     """float64 [C]: the loss of logits [N, C] on each class as the target of all of them."""
-    shift = LOSSES[loss].train_shift(class_counts, tau).float()
+    objective = objective_of(loss, class_counts, Knobs(tau=tau))
     return torch.stack(
         [
-            shifted_cross_entropy(logits, torch.full((len(logits),), c), shift).double()
+            objective(logits, torch.full((len(logits),), c)).double()
             for c in range(len(class_counts))
         ]
     )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 WIDTHS = (16, 32, 64)
 BLOCKS_PER_STAGE = 5
+COSINE_SCALE = 30.0  # of the cosine head: Cao et al. (NeurIPS 2019), the authors' code
 
 
 class PadShortcut(nn.Module):
@@ -69,20 +70,32 @@ class Backbone(nn.Module):
         return x.mean((2, 3))
 
 
+class CosineLinear(nn.Module):
+    """30 cos(x, w_c): the head that LDAM's margins are measured on."""
+
+    def __init__(self, in_features: int, num_classes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features).uniform_(-1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, in_features] -> [N, num_classes]
+        return COSINE_SCALE * F.linear(F.normalize(x), F.normalize(self.weight))
+
+
 class ResNet32(nn.Module):
     """Normalised images [N, 3, 32, 32] -> logits [N, num_classes].
 
     `shortcut` is "projection" (1x1 convolution and batch norm; 472,756 parameters for 100
-    classes) or "pad" (parameter-free; 470,004). The names in its state dict are a contract:
-    `backbone.conv1 ... backbone.layer3.4.bn2`, `fc.weight`, `fc.bias`.
+    classes) or "pad" (parameter-free; 470,004). `head` is "linear", or "cosine" for losses with
+    margins. The names in its state dict are a contract: `backbone.conv1 ...
+    backbone.layer3.4.bn2`, `fc.weight`, and `fc.bias` of the linear head.
     """
 
-    def __init__(self, num_classes: int, shortcut: str = "projection"):
+    def __init__(self, num_classes: int, shortcut: str = "projection", head: str = "linear"):
         if shortcut not in ("projection", "pad"):
             raise ValueError(f"shortcut={shortcut!r}: must be 'projection' or 'pad'")
         super().__init__()
         self.backbone = Backbone(shortcut)
-        self.fc = nn.Linear(WIDTHS[-1], num_classes)
+        self.fc = {"linear": nn.Linear, "cosine": CosineLinear}[head](WIDTHS[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -91,11 +104,11 @@ class ResNet32(nn.Module):
         return self.fc(self.backbone(x))
 
 
-def build_resnet32(num_classes: int, shortcut: str, seed: int) -> ResNet32:
+def build_resnet32(num_classes: int, shortcut: str, seed: int, head: str = "linear") -> ResNet32:
     """The network with the initial weights that `seed` decides; global random state untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ResNet32(num_classes, shortcut)
+        return ResNet32(num_classes, shortcut, head)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -61,6 +61,33 @@ def tau_rule(tau: float, loss: str) -> Finding:
     return Finding("tau", value, "ok")
 
 
+def protocol_rule(protocol: str, subset_rule: str) -> Finding:
+    if protocol == "literature":
+        subset = "" if subset_rule == "ldam" else "; on a subset of its own, not LDAM's"
+        return Finding(
+            "protocol",
+            protocol,
+            "note",
+            "no hold-out: the last epoch stands, and the temperature is cross-fitted on the test "
+            f"images{subset}",
+        )
+    return Finding("protocol", protocol, "ok")
+
+
+def reweight_rule(
+    reweight_from: int | None, loss: str, epochs: int, milestones: Sequence[int]
+) -> Finding:
+    value = "none" if reweight_from is None else str(reweight_from)
+    if loss != "ldam_drw":
+        used = "" if reweight_from is None else f"not used by {loss}"
+        return Finding("reweight_from", value, "note" if used else "ok", used)
+    start = min(milestones, default=0) if reweight_from is None else reweight_from
+    if start >= epochs:
+        says = f"the weights never act: epoch {start} of {epochs}; give 0.8 x epochs as LDAM has it"
+        return Finding("reweight_from", value, "warning", says)
+    return Finding("reweight_from", value, "ok", f"weights act from epoch {start}")
+
+
 # --- the optimiser ----------------------------------------------------------------------------
 
 
@@ -93,8 +120,13 @@ def warmup_rule(
     epochs: int,
     milestones: Sequence[int],
     num_images: int,
+    warmup_epochs: int = 0,
 ) -> Finding:
     """One epoch is recommended. Blocking where a long training would never reach its rate."""
+    if warmup_epochs:
+        return Finding(
+            "warmup_steps", str(warmup_steps), "ok", f"warmup_epochs={warmup_epochs} instead"
+        )
     value, one_epoch = str(warmup_steps), f"warmup_steps={steps_per_epoch} is one epoch"
     first_end = min([epochs, *milestones])  # epoch at which the full rate is over
     if warmup_steps > first_end * steps_per_epoch:
@@ -112,8 +144,25 @@ def warmup_rule(
     return Finding("warmup_steps", value, "ok", says)
 
 
-def milestones_rule(milestones: Sequence[int], epochs: int) -> Finding:
+def warmup_epochs_rule(warmup_epochs: int, epochs: int, milestones: Sequence[int]) -> Finding:
+    first_end = min([epochs, *milestones])
+    if warmup_epochs > first_end:
+        return Finding(
+            "warmup_epochs",
+            str(warmup_epochs),
+            "blocking",
+            f"the rate never reaches lr: it falls, or training ends, at epoch {first_end}; give 5",
+        )
+    return Finding("warmup_epochs", str(warmup_epochs), "ok")
+
+
+def milestones_rule(
+    milestones: Sequence[int], epochs: int, lr_schedule: str = "milestones"
+) -> Finding:
     value = ",".join(map(str, milestones)) or "none"
+    if lr_schedule == "cosine":
+        used = "not used by lr_schedule=cosine" if milestones else ""
+        return Finding("milestones", value, "note" if used else "ok", used)
     late = [m for m in milestones if m >= epochs]
     if late:
         says = f"{','.join(map(str, late))} lie at or past epochs={epochs} and will not act"
@@ -213,8 +262,9 @@ def source_rule(source: str) -> Finding:
 
 def images_per_class_rule(images_per_class: int | None, source: str) -> Finding:
     value = "none" if images_per_class is None else str(images_per_class)
-    if images_per_class is not None and source == "cifar100" and images_per_class != 500:
-        says = "not the benchmark, whose largest class has 500"
+    largest = {"cifar100": 500, "cifar10": 5000}.get(source)
+    if images_per_class is not None and largest and images_per_class != largest:
+        says = f"not the benchmark, whose largest class has {largest:,}"
         return Finding("images_per_class", value, "note", says)
     return Finding("images_per_class", value, "ok")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from longtail_experts.learning.losses import shifted_cross_entropy
+from longtail_experts.learning.losses import Objective
 
 # Compiling takes 10-60 s and saves about 0.6 ms an image (benchmarks/README.md): it has repaid
 # itself, twice over, after this many images.
@@ -112,11 +112,16 @@ def _compiles(model: nn.Module, batch_size: int, precision: str) -> bool:
 
 
 def train_step(
-    state: TrainState, images: Tensor, targets: Tensor, shift: Tensor, lr: float, precision: str
+    state: TrainState,
+    images: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    lr: float,
+    precision: str,
 ) -> Tensor:
     """One step of SGD at `lr`; returns the loss of the batch, on the device, before the step.
 
-    images float32 [B, 3, H, W], targets int64 [B], shift float32 [C] of the loss.
+    images float32 [B, 3, H, W], targets int64 [B], or whatever `objective` takes for them.
     Under "bf16" the forward pass autocasts; weights, their update and the loss stay float32.
     """
     for group in state.optimizer.param_groups:
@@ -124,7 +129,7 @@ def train_step(
     with exact_float32():
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = state.forward(images)
-        loss = shifted_cross_entropy(logits, targets, shift)
+        loss = objective(logits, targets)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
     state.optimizer.step()
@@ -136,7 +141,7 @@ def train_epoch(
     state: TrainState,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    shift: Tensor,
+    objective: Objective,
     lr_at: Callable[[int], float],
     precision: str,
     on_step: Callable[[], None] = lambda: None,
@@ -152,9 +157,9 @@ def train_epoch(
     first_step = state.step - len(state.losses)
     started = time.perf_counter() - (state.seconds if state.losses else 0.0)
     for images, targets in batches:
-        loss = train_step(state, images, targets, shift, lr_at(state.step), precision)
+        loss = train_step(state, images, targets, objective, lr_at(state.step), precision)
         state.losses.append(loss)
-        state.sizes.append(len(targets))
+        state.sizes.append(len(images))
         if images.device.type == "cpu":
             _require_finite([loss], state.step - 1, lr_at)
         state.seconds = time.perf_counter() - started

@@ -11,8 +11,11 @@ from longtail_experts.config import Config, make_config
 from longtail_experts.data.batches import plain_batches
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
-from longtail_experts.data.splits import POOL_SPLITS, SPLITS
-from longtail_experts.learning.calibration import Temperature, fit_temperature
+from longtail_experts.learning.calibration import (
+    Temperature,
+    cross_fit_temperature,
+    fit_temperature,
+)
 from longtail_experts.learning.evaluation import (
     deployment_priors,
     evaluate,
@@ -22,7 +25,7 @@ from longtail_experts.learning.losses import LOSSES, prior_of
 from longtail_experts.learning.metrics import mean_over, per_class_recall
 from longtail_experts.learning.resnet import ResNet32
 from longtail_experts.learning.step import predict_logits
-from longtail_experts.stages.inputs import load_dataset, resolve
+from longtail_experts.stages.inputs import load_dataset, log_offset_of, resolve, selects
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
 from longtail_experts.tracking.logits import SplitLogits, is_calibrated, write_logits
@@ -33,10 +36,10 @@ from longtail_experts.tracking.runs import Run, RunError, open_run
 
 @dataclass(frozen=True)
 class Trained:
-    """The two checkpoints of a training run, as networks on the device."""
+    """The checkpoint that the expert is, and the last one, as networks on the device."""
 
-    best: dict[str, Any]
-    best_network: nn.Module
+    chosen: dict[str, Any]  # best.pt; last.pt where no split selects
+    network: nn.Module
     last_step: int
     last_network: nn.Module
 
@@ -65,37 +68,43 @@ def run(run_id: str, changes: dict[str, str]) -> None:
 
 def load_trained(run_: Run, config: Config, data: Dataset) -> Trained:
     """Both checkpoints; RunError where one is missing, damaged or of another network."""
-    best, last = read_checkpoint(run_, "best"), read_checkpoint(run_, "last")
+    last = read_checkpoint(run_, "last")
+    chosen = {name: last[name] for name in ("model", "epoch", "step")}
+    if selects(config):
+        chosen = read_checkpoint(run_, "best")
     return Trained(
-        best=best,
-        best_network=load_network(best["model"], config, data),
+        chosen=chosen,
+        network=load_network(chosen["model"], config, data),
         last_step=last["step"],
         last_network=load_network(last["model"], config, data),
     )
 
 
 def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained) -> None:
-    """Temperature, logits, test figures, model and report of the best checkpoint.
+    """Temperature, logits, test figures, model and report of the chosen checkpoint.
 
     Raises RunError before anything is written where logits are not finite.
     """
-    step = trained.best["step"]
-    logits = split_logits(trained.best_network, config, data)
-    counts = data.class_counts("train")
-    prior = prior_of(counts)
-    log_offset = LOSSES[config.loss].log_offset(counts, config.tau)
-    temperature = fit_temperature(
-        logits["calib"], data.targets("calib"), log_offset, bootstrap_seed=config.split_seed
-    )
-    metrics = test_metrics(logits, data, temperature, log_offset, prior)
+    step = trained.chosen["step"]
+    logits = split_logits(trained.network, config, data)
+    prior = prior_of(data.class_counts("train"))
+    log_offset = log_offset_of(config, data)
+    calibration = fit(logits, config, data, log_offset, prior)
+    temperature = calibration.temperature
+    metrics = test_metrics(logits, data, calibration, log_offset, prior)
     scalars = {"temperature": temperature.value, "tau": config.tau}
     vectors = {"log_offset": log_offset, "prior": prior}
     save_checkpoint(
         run_,
         "final_calibrated",
-        {**trained.best, **scalars, **{name: v.float() for name, v in vectors.items()}},
+        {**trained.chosen, **scalars, **{name: v.float() for name, v in vectors.items()}},
     )
-    constants = {**scalars, **{name: v.tolist() for name, v in vectors.items()}}
+    constants = {
+        **scalars,
+        "temperature_from": calibration.source,
+        "log_offset_is_exact": LOSSES[config.loss].is_exact,
+        **{name: v.tolist() for name, v in vectors.items()},
+    }
     write_logits(run_, as_exported(logits, data), constants)
     run_.log_metrics(metrics, step)
     of_last = metrics["test_balanced/balanced_accuracy"]
@@ -103,11 +112,11 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
         of_last = balanced_accuracy_of(trained.last_network, config, data)
     run_.log_metrics({"test_balanced/balanced_accuracy_last": of_last}, trained.last_step)
     experts.record_per_class(run_, data, recalls(logits, data))
-    experts.record_figures(run_, data, logits, temperature.value, log_offset, prior)
+    experts.record_figures(run_, data, logits, calibration.of_rows, log_offset, prior)
     log_expert_model(
         run_,
-        trained.best_network,
-        data.pixels("val_lt")[:2],
+        trained.network,
+        data.pixels("test_balanced")[:2],
         temperature=temperature.value,
         log_offset=log_offset,
         prior=prior,
@@ -118,9 +127,44 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
         register(run_, config.register_as)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature, where it comes from, and what the test rows are scored with."""
+
+    temperature: Temperature
+    of_rows: float | Tensor  # T, or float64 [N, 1] for the rows of test_balanced
+    source: str
+    halves: tuple[float, float] | None = None
+
+
+def fit(
+    logits: dict[str, Tensor], config: Config, data: Dataset, log_offset: Tensor, prior: Tensor
+) -> Calibration:
+    """On calib, under the training prior. Where there is no such split, on the test images under
+    the uniform prior: T and its interval on all of them, and for the scores of each half of them
+    the T of the other half."""
+    seed = config.split_seed
+    if "calib" in data.split_names:
+        temperature = fit_temperature(
+            logits["calib"], data.targets("calib"), log_offset, bootstrap_seed=seed
+        )
+        return Calibration(temperature, temperature.value, "calib")
+    rows, offset = (
+        (logits["test_balanced"], data.targets("test_balanced")),
+        log_offset - prior.log(),
+    )
+    crossed = cross_fit_temperature(*rows, offset, seed=seed)
+    return Calibration(
+        fit_temperature(*rows, offset, bootstrap_seed=seed),
+        crossed.per_row,
+        "test_balanced, uniform prior, cross-fitted in two halves",
+        crossed.halves,
+    )
+
+
 def load_network(weights: dict[str, Tensor], config: Config, data: Dataset) -> nn.Module:
     """The network of a checkpoint, on the device; RunError where they do not fit."""
-    network = ResNet32(data.num_classes, config.shortcut)
+    network = ResNet32(data.num_classes, config.shortcut, LOSSES[config.loss].head)
     try:
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -136,19 +180,20 @@ def split_logits(network: nn.Module, config: Config, data: Dataset) -> dict[str,
         split: predict_logits(
             network, plain_batches(data.pixels(split), config.batch_size, config.device)
         )
-        for split in SPLITS
+        for split in data.split_names
         if split != "test_lt" and data.size(split)
     }
-    for split in POOL_SPLITS:  # a tiny pool may leave tuneV or val_small empty
+    for split in data.split_names:  # a tiny pool may leave tuneV or val_small empty
         logits.setdefault(split, torch.empty(0, data.num_classes))
-    balanced, lt = (
-        torch.from_numpy(data.splits.indices[name]) for name in ("test_balanced", "test_lt")
-    )
-    logits["test_lt"] = logits["test_balanced"][torch.searchsorted(balanced, lt)]
+    if "test_lt" in data.split_names:
+        balanced, lt = (
+            torch.from_numpy(data.splits.indices[name]) for name in ("test_balanced", "test_lt")
+        )
+        logits["test_lt"] = logits["test_balanced"][torch.searchsorted(balanced, lt)]
     for split, values in logits.items():
         if not bool(torch.isfinite(values).all()):
             raise RunError(f"logits of {split} are not finite: the training diverged; lower lr")
-    return {split: logits[split] for split in SPLITS}
+    return {split: logits[split] for split in data.split_names}
 
 
 def as_exported(logits: dict[str, Tensor], data: Dataset) -> dict[str, SplitLogits]:
@@ -165,24 +210,26 @@ def as_exported(logits: dict[str, Tensor], data: Dataset) -> dict[str, SplitLogi
 def test_metrics(
     logits: dict[str, Tensor],
     data: Dataset,
-    temperature: Temperature,
+    calibration: Calibration,
     log_offset: Tensor,
     prior: Tensor,
 ) -> dict[str, float]:
     """Everything logged after calibration, by metric name."""
+    temperature = calibration.temperature
     metrics = {
         "temperature": temperature.value,
         "temperature_low": temperature.low,
         "temperature_high": temperature.high,
         "temperature_at_bound": float(temperature.at_bound),
     }
-    targets = {split: data.targets(split) for split in ("test_lt", "test_balanced")}
-    deployment = deployment_priors(targets["test_lt"], data.num_classes)
+    for number, half in enumerate(calibration.halves or ()):
+        metrics[f"temperature_half_{number}"] = half
+    deployment = deployment_priors(data.targets_if_any("test_lt"), data.num_classes)
     for split, q in deployment.items():
         values = evaluate(
             logits[split],
-            targets[split],
-            temperature=temperature.value,
+            data.targets(split),
+            temperature=calibration.of_rows,
             log_offset=log_offset,
             prior=prior,
             deployment=q,
@@ -191,7 +238,7 @@ def test_metrics(
         metrics |= {f"{split}/{name}": value for name, value in values.items()}
     pool_prior = prior_of(torch.tensor(data.splits.pool_counts))
     metrics["test_balanced/prior_weighted_accuracy"] = prior_weighted_accuracy(
-        logits["test_balanced"], targets["test_balanced"], pool_prior
+        logits["test_balanced"], data.targets("test_balanced"), pool_prior
     )
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
@@ -209,4 +256,5 @@ def recalls(logits: dict[str, Tensor], data: Dataset) -> dict[str, tuple[Tensor,
     return {
         split: per_class_recall(logits[split].argmax(1), data.targets(split), data.num_classes)
         for split in ("val_lt", "test_lt", "test_balanced")
+        if split in data.split_names
     }

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
-from longtail_experts.data.splits import SPLITS
 from longtail_experts.learning import rules
 from longtail_experts.learning.resnet import ResNet32, num_parameters
 from longtail_experts.learning.rules import Finding, blocking
 from longtail_experts.learning.step import has_bf16_instructions
-from longtail_experts.stages.inputs import steps_an_epoch
+from longtail_experts.stages.inputs import selects, steps_an_epoch
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.runs import RunError, free_bytes
@@ -53,19 +52,29 @@ def cheap_findings(config: Config, data: Dataset, places: Iterable[Path]) -> lis
 def config_findings(config: Config, data: Dataset) -> list[Finding]:
     """One for each field, in the order of the config."""
     steps_per_epoch, num_images = steps_an_epoch(config, data), data.size("train")
+    warmup = max(config.warmup_steps, config.warmup_epochs * steps_per_epoch)
+    falls_at = config.milestones if config.lr_schedule == "milestones" else ()
     found = [
         rules.loss_rule(config.loss, config.tau),
         rules.tau_rule(config.tau, config.loss),
         rules.source_rule(config.source),
         rules.images_per_class_rule(config.images_per_class, config.source),
         rules.batch_rule(config.batch_size, num_images),
-        rules.lr_rule(config.lr, config.batch_size, config.warmup_steps, steps_per_epoch),
+        rules.lr_rule(config.lr, config.batch_size, warmup, steps_per_epoch),
         rules.weight_decay_rule(config.weight_decay),
-        rules.milestones_rule(config.milestones, config.epochs),
+        rules.protocol_rule(config.protocol, config.subset_rule),
+        rules.reweight_rule(config.reweight_from, config.loss, config.epochs, config.milestones),
+        rules.milestones_rule(config.milestones, config.epochs, config.lr_schedule),
         rules.warmup_rule(
-            config.warmup_steps, steps_per_epoch, config.epochs, config.milestones, num_images
+            config.warmup_steps,
+            steps_per_epoch,
+            config.epochs,
+            falls_at,
+            num_images,
+            config.warmup_epochs,
         ),
-        rules.validation_rule(config.validation_every, config.epochs),
+        rules.warmup_epochs_rule(config.warmup_epochs, config.epochs, falls_at),
+        *([rules.validation_rule(config.validation_every, config.epochs)] * selects(config)),
         rules.patience_rule(
             config.early_stopping_patience,
             config.validation_every,
@@ -82,7 +91,7 @@ def config_findings(config: Config, data: Dataset) -> list[Finding]:
 
 
 def data_findings(data: Dataset) -> list[Finding]:
-    absent = {split: int((data.class_counts(split) == 0).sum()) for split in SPLITS}
+    absent = {split: int((data.class_counts(split) == 0).sum()) for split in data.split_names}
     return [
         rules.few_images_rule(data.class_counts("train").tolist()),
         rules.absent_classes_rule(absent, data.num_classes),
@@ -94,7 +103,7 @@ def disk_finding(config: Config, data: Dataset, places: Iterable[Path]) -> Findi
     fullest = min(places, key=free_bytes)
     needed = num_experts(config) * experts.output_bytes(
         num_parameters(ResNet32(data.num_classes, config.shortcut)),
-        sum(data.size(split) for split in SPLITS),
+        sum(data.size(split) for split in data.split_names),
         data.num_classes,
         config.epochs,
     )

@@ -40,10 +40,16 @@ def run(run_ids: list[str], out: Path) -> None:
         manifest = runs[0].read_json("splits/manifest.json")
         name = dataset_name(manifest)
         index_space = str(manifest["index_space"])
+        protocol = manifest.get("protocol", "experts")
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise RunError(
             f"run {run_ids[0]}: splits/manifest.json is malformed ({first_line(error)[:200]})"
         ) from None
+    if protocol == "literature":
+        raise RunError(
+            f"run {run_ids[0]}: protocol=literature has no calib, val_lt or test_lt, which AR-GSE "
+            "reads; train with protocol=experts"
+        )
     files: dict[str, Any] = {}
     experts = {
         loss: load_expert_logits(run_.run_id) for loss, run_ in zip(losses, runs, strict=True)

@@ -7,19 +7,19 @@ from functools import partial
 
 import torch
 
-from longtail_experts.config import Config, ConfigError
+from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError
+from longtail_experts.data.augment import Augmentation
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import DataError, load_images
 from longtail_experts.data.splits import make_splits
-from longtail_experts.learning.losses import LOSSES
+from longtail_experts.learning.losses import LOSSES, Knobs, Objective, mixed, objective_of
+from longtail_experts.learning.resnet import ResNet32, build_resnet32
 from longtail_experts.learning.schedule import lr_at
 from longtail_experts.learning.step import TrainState, has_bf16_instructions, start_training
 from longtail_experts.tracking.runs import RunError
 
-# What may differ between the parts of one training: where the images lie, what computes, what is
-# checked before it and where it is registered after it.
-MAY_CHANGE_ON_RESUME = ("data_dir", "device", "preflight", "register_as")
+MAY_CHANGE_ON_RESUME = CHANGES_NO_FIGURE  # between the parts of one training
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -37,9 +37,11 @@ def load_dataset(config: Config) -> Dataset:
         imbalance_factor=config.imbalance_factor,
         images_per_class=config.images_per_class,
         split_seed=config.split_seed,
+        protocol=config.protocol,
+        subset_rule=config.subset_rule,
     )
     for name in ("calib", "test_lt", "test_balanced"):
-        if len(splits.indices[name]) == 0:
+        if name in splits.indices and len(splits.indices[name]) == 0:
             raise DataError(
                 f"split {name} would be empty: {sum(splits.pool_counts)} pool images and "
                 f"{len(images.test_labels)} test images of {len(images.class_names)} classes are "
@@ -67,8 +69,17 @@ def for_one_expert(config: Config, loss: str) -> Config:
     return config.replace(loss=loss, expert_seed=seed)
 
 
+def selects(config: Config) -> bool:
+    """Whether there is a validation split to choose a checkpoint by; else the last one stands."""
+    return config.protocol != "literature"
+
+
 def steps_an_epoch(config: Config, data: Dataset) -> int:
     return math.ceil(data.size("train") / config.batch_size)
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    return Augmentation(config.augmentation, config.cutout, config.mixup)
 
 
 def schedule_of(config: Config, steps_per_epoch: int) -> partial:
@@ -80,12 +91,42 @@ def schedule_of(config: Config, steps_per_epoch: int) -> partial:
         milestones=config.milestones,
         warmup_steps=config.warmup_steps,
         steps_per_epoch=steps_per_epoch,
+        warmup_epochs=config.warmup_epochs,
+        cosine_epochs=config.epochs if config.lr_schedule == "cosine" else None,
     )
 
 
-def train_shift(config: Config, data: Dataset) -> torch.Tensor:
-    """float32 [C], what the loss adds to the logits in training."""
-    return LOSSES[config.loss].train_shift(data.class_counts("train"), config.tau).float()
+def knobs_of(config: Config) -> Knobs:
+    return Knobs(tau=config.tau, beta=config.beta, gamma=config.gamma)
+
+
+def log_offset_of(config: Config, data: Dataset) -> torch.Tensor:
+    """float64 [C]; f + log_offset is the log-posterior under the training prior."""
+    return LOSSES[config.loss].log_offset(data.class_counts("train"), knobs_of(config))
+
+
+def build_network(config: Config, data: Dataset) -> ResNet32:
+    """With the initial weights of the expert."""
+    head = LOSSES[config.loss].head
+    return build_resnet32(data.num_classes, config.shortcut, config.expert_seed, head)
+
+
+def objective_at(epoch: int, config: Config, data: Dataset, device: str | None = None) -> Objective:
+    """The loss as it is in an epoch, on a device: the config's, unless another is named.
+
+    It takes plain targets, and with mixup those of a mixed batch as well.
+    """
+    start = config.reweight_from
+    if start is None:
+        start = min(config.milestones, default=0)
+    objective = objective_of(
+        config.loss,
+        data.class_counts("train"),
+        knobs_of(config),
+        device or config.device,
+        is_reweighted=epoch >= start,
+    )
+    return partial(mixed, objective) if config.mixup else objective
 
 
 def state_before_training(model: torch.nn.Module, config: Config, data: Dataset) -> TrainState:
@@ -110,10 +151,11 @@ def require_same_fields(
     but: Iterable[str] = MAY_CHANGE_ON_RESUME,
 ) -> None:
     """RunError that names every field in which two configs differ."""
+    known = Config().as_text() | dict(recorded)  # a field that is younger than the record
     different = [
-        f"{name}={value} (was {recorded.get(name)})"
+        f"{name}={value} (was {known.get(name)})"
         for name, value in asked.items()
-        if name not in but and recorded.get(name) != value
+        if name not in but and known.get(name) != value
     ]
     if different:
         raise RunError(

@@ -9,7 +9,6 @@ from torch import nn
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.batches import plain_batches
 from longtail_experts.data.dataset import Dataset
-from longtail_experts.data.splits import SPLITS
 from longtail_experts.learning.cost import (
     Pace,
     TrainingMemory,
@@ -18,16 +17,18 @@ from longtail_experts.learning.cost import (
     training_memory,
 )
 from longtail_experts.learning.loss_behaviour import LossBehaviour, loss_behaviour
-from longtail_experts.learning.resnet import build_resnet32, num_parameters
+from longtail_experts.learning.resnet import num_parameters
 from longtail_experts.learning.rules import Finding, blocking, num_validations, room_rule
 from longtail_experts.learning.schedule import lr_by_epoch
 from longtail_experts.stages.checks import NotReadyError, cheap_findings, not_ready, num_experts
 from longtail_experts.stages.inputs import (
+    build_network,
     for_one_expert,
+    objective_at,
     schedule_of,
+    selects,
     state_before_training,
     steps_an_epoch,
-    train_shift,
 )
 from longtail_experts.tracking import experts, readiness
 from longtail_experts.tracking.recorder import local_folder
@@ -41,7 +42,7 @@ def run(config: Config, data: Dataset) -> str:
     """
     with experts.start_preflight_run(config) as run_:
         expert = for_one_expert(config, LOSS_NAMES[0] if config.loss == "all" else config.loss)
-        model = build_resnet32(data.num_classes, config.shortcut, expert.expert_seed)
+        model = build_network(expert, data)
         behaviour = loss_behaviour(data.class_counts("train"), data.groups["head"], config.tau)
         memory = training_memory(
             model,
@@ -106,11 +107,12 @@ def theory_finding(behaviour: list[LossBehaviour]) -> Finding:
 
 def work_of_one(config: Config, data: Dataset) -> Work:
     """Images through the network; test_lt is cut out of test_balanced, which last.pt sees too."""
-    seen = sum(data.size(split) for split in SPLITS if split != "test_lt")
+    seen = sum(data.size(split) for split in data.split_names if split != "test_lt")
+    validations = num_validations(config.validation_every, config.epochs)
     return Work(
         training=config.epochs * data.size("train"),
-        validation=num_validations(config.validation_every, config.epochs) * data.size("val_lt"),
-        export=seen + data.size("test_balanced"),
+        validation=validations * data.size("val_lt") if selects(config) else 0,
+        export=seen + (data.size("test_balanced") if selects(config) else 0),
     )
 
 
@@ -119,14 +121,15 @@ def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace
     state = state_before_training(model, config, data)
     images = next(plain_batches(data.pixels("train"), config.batch_size, config.device))
     targets = data.targets("train")[: len(images)].to(config.device)
-    shift = train_shift(config, data).to(config.device)
-    return measure_pace(state, images, targets, shift, config.precision), state.path
+    objective = objective_at(0, config, data)
+    return measure_pace(state, images, targets, objective, config.precision), state.path
 
 
 def machine_section(
     memory: TrainingMemory, free: int, config: Config, data: Dataset, model: nn.Module
 ) -> str:
-    num_rows, parameters = sum(data.size(split) for split in SPLITS), num_parameters(model)
+    num_rows = sum(data.size(split) for split in data.split_names)
+    parameters = num_parameters(model)
     output = {
         "logits of all splits": experts.logit_bytes(num_rows, data.num_classes),
         "checkpoints": experts.checkpoint_bytes(parameters),

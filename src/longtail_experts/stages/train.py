@@ -24,11 +24,10 @@ from longtail_experts.data.batches import (
 )
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
-from longtail_experts.data.splits import SPLITS
 from longtail_experts.learning.cost import time_steps
-from longtail_experts.learning.losses import shifted_cross_entropy
+from longtail_experts.learning.losses import Objective
 from longtail_experts.learning.metrics import accuracies
-from longtail_experts.learning.resnet import build_resnet32, num_parameters
+from longtail_experts.learning.resnet import num_parameters
 from longtail_experts.learning.schedule import steps_worth_logging
 from longtail_experts.learning.step import (
     NonFiniteLossError,
@@ -37,12 +36,15 @@ from longtail_experts.learning.step import (
     train_epoch,
 )
 from longtail_experts.stages.inputs import (
+    augmentation_of,
+    build_network,
     for_one_expert,
+    objective_at,
     require_same_fields,
     schedule_of,
+    selects,
     state_before_training,
     steps_an_epoch,
-    train_shift,
 )
 from longtail_experts.stages.interrupts import delayed_signals, raise_for
 from longtail_experts.tracking import experts
@@ -80,7 +82,7 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
     """
     steps_per_epoch = steps_an_epoch(config, data)
     lr_of = schedule_of(config, steps_per_epoch)
-    model = build_resnet32(data.num_classes, config.shortcut, config.expert_seed)
+    model = build_network(config, data)
     with Recorder(run_) as recorder:
         checkpoint = recorder.latest()
         if checkpoint is None:
@@ -115,7 +117,7 @@ def record_beginning(
     lr_of: Callable[[int], float],
 ) -> None:
     """All that is known before the first step, after a look at the disk."""
-    num_rows = sum(data.size(split) for split in SPLITS)
+    num_rows = sum(data.size(split) for split in data.split_names)
     needed = experts.output_bytes(num_parameters(model), num_rows, data.num_classes, config.epochs)
     require_room(run_, recorder.folder, needed)
     experts.record_inputs(run_, config, data, num_parameters(model))
@@ -136,8 +138,14 @@ def train_epochs(
     steps_per_epoch = steps_an_epoch(config, data)
     padded = pad(data.pixels("train")).to(config.device)
     targets = data.targets("train").to(config.device)
-    shift = train_shift(config, data).to(config.device)
-    announce_cost(config, config.epochs - first_epoch, state, padded, targets, shift)
+    announce_cost(
+        config,
+        config.epochs - first_epoch,
+        state,
+        padded,
+        targets,
+        objective_at(first_epoch, config, data),
+    )
     lr_steps = steps_worth_logging(
         warmup_steps=config.warmup_steps, steps_per_epoch=steps_per_epoch, epochs=config.epochs
     )
@@ -161,14 +169,16 @@ def train_epochs(
         for epoch in range(first_epoch, config.epochs):
             if selection.is_over:
                 break
-            draws = draw_epoch(num_images, config.expert_seed, epoch, config.device)
+            draws = draw_epoch(
+                num_images, config.expert_seed, epoch, config.device, augmentation_of(config)
+            )
             seen = len(state.losses) * config.batch_size
             left = EpochDraws(*(values[seen:] for values in draws))
             batches = augmented_batches(padded, targets, left, config.batch_size)
             mean_loss = train_epoch(
                 state,
                 batches if seen < num_images else [],
-                shift=shift,
+                objective=objective_at(epoch, config, data),
                 lr_at=lr_of,
                 precision=config.precision,
                 on_step=partial(after_step, epoch),
@@ -181,8 +191,9 @@ def train_epochs(
                 ("train/loss", mean_loss, step),
                 ("train/images_per_second", num_images / state.seconds, step),
             ]
-            if is_last or (epoch + 1) % config.validation_every == 0:
-                validation = validate(state, config, data)
+            is_due = is_last or (epoch + 1) % config.validation_every == 0
+            if is_due and selects(config):
+                validation = validate(state, epoch, config, data)
                 points += [(f"val/{name}", value, step) for name, value in validation.items()]
                 if selection.chooses(validation["balanced_accuracy"], epoch, step, state.model):
                     recorder.save_checkpoint("best", selection.best_checkpoint)
@@ -242,11 +253,11 @@ def last_milestone(config: Config) -> int:
     return max((m for m in config.milestones if m < config.epochs), default=0)
 
 
-def validate(state: TrainState, config: Config, data: Dataset) -> dict[str, float]:
+def validate(state: TrainState, epoch: int, config: Config, data: Dataset) -> dict[str, float]:
     """Accuracies on val_lt, and the training loss there (not comparable across losses)."""
     batches = plain_batches(data.pixels("val_lt"), config.batch_size, config.device)
     logits, targets = predict_logits(state.model, batches), data.targets("val_lt")
-    loss = shifted_cross_entropy(logits, targets, train_shift(config, data))
+    loss = objective_at(epoch, config, data, device="cpu")(logits, targets)
     if not bool(torch.isfinite(loss)):
         raise NonFiniteLossError(
             f"validation loss is not finite after step {state.step - 1}: lower lr, or lengthen "
@@ -333,16 +344,16 @@ def announce_cost(
     state: TrainState,
     padded: torch.Tensor,
     targets: torch.Tensor,
-    shift: torch.Tensor,
+    objective: Objective,
 ) -> None:
     """Time a few steps on a throwaway copy and print what the epochs ahead will take."""
     num_images = len(targets)
     if num_images * num_epochs < 100_000:
         return
     trial = copy.deepcopy(state)
-    draws = draw_epoch(num_images, 0, 0, config.device)
+    draws = draw_epoch(num_images, 0, 0, config.device, augmentation_of(config))
     batches = augmented_batches(padded, targets, draws, config.batch_size)
-    seconds = time_steps(trial, islice(batches, 6), shift, config.precision)
+    seconds = time_steps(trial, islice(batches, 6), objective, config.precision)
     minutes = seconds * num_images * num_epochs / 60
     where = f"{config.device}, {config.precision}, {state.path} steps"
     if config.device == "cpu":

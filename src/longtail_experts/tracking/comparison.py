@@ -13,7 +13,7 @@ from torch import Tensor
 from longtail_experts.config import Config, to_text
 from longtail_experts.data.longtail import class_groups
 from longtail_experts.data.sources import first_line
-from longtail_experts.learning.calibration import deployment_scores
+from longtail_experts.learning.calibration import deployment_scores, of_the_other_half
 from longtail_experts.learning.ensembles import ENSEMBLES, disagreement, error_overlap
 from longtail_experts.learning.evaluation import (
     deployment_priors,
@@ -56,11 +56,20 @@ class Member:
         """Log-posterior under the deployment prior q [C], float64 [N, C]; T of the expert."""
         return deployment_scores(
             self.logits(split),
-            self.expert.temperature if temperature is None else temperature,
+            self.temperature_on(split) if temperature is None else temperature,
             torch.tensor(self.expert.log_offset),
             torch.tensor(self.expert.prior),
             deployment,
         )
+
+    def temperature_on(self, split: str) -> float | Tensor:
+        """T; where it was cross-fitted on these very images (protocol=literature), for each row
+        that of the half it is not in, float64 [N, 1]."""
+        halves = [self.metrics.get(f"temperature_half_{half}") for half in (0, 1)]
+        if split != "test_balanced" or None in halves:
+            return self.expert.temperature
+        seed = int(self.facts["split_seed"])
+        return of_the_other_half(tuple(halves), self.targets(split), seed)
 
     def logits(self, split: str) -> Tensor:
         return torch.tensor(self.expert.splits[split].logits)
@@ -255,7 +264,7 @@ class Together:
 def together(members: Sequence[Member], deployment: str) -> Together:
     """Every member converted to the deployment prior, then combined; same splits only."""
     first, split = members[0], DEPLOYMENTS[deployment]
-    targets, q = first.targets(split), prior_of_deployment(first, deployment)
+    q, targets = prior_of_deployment(first, deployment), first.targets(split)
     scores = {member.label: member.scores(split, q) for member in members}
     predictions = [values.argmax(1) for values in scores.values()]
     if len(members) > 1:
@@ -274,7 +283,13 @@ def together(members: Sequence[Member], deployment: str) -> Together:
 
 def prior_of_deployment(member: Member, deployment: str) -> Tensor:
     """q, float64 [C]."""
-    priors = deployment_priors(member.targets("test_lt"), len(member.expert.class_names))
+    lt = member.targets("test_lt") if "test_lt" in member.expert.splits else None
+    priors = deployment_priors(lt, len(member.expert.class_names))
+    if DEPLOYMENTS[deployment] not in priors:
+        raise RunError(
+            f"deployment={deployment}: run {member.run_id} has no split test_lt (protocol="
+            "literature); give uniform"
+        )
     return priors[DEPLOYMENTS[deployment]]
 
 
@@ -303,7 +318,7 @@ def posthoc_of(member: Member) -> dict[float, dict[str, float]]:
     return posthoc_accuracies(
         member.logits("test_balanced"),
         member.targets("test_balanced"),
-        temperature=member.expert.temperature,
+        temperature=member.temperature_on("test_balanced"),
         log_offset=torch.tensor(member.expert.log_offset),
         prior=torch.tensor(member.expert.prior),
         groups=member.groups,
@@ -322,7 +337,7 @@ def reliability_panels(
             label: reliability(member.scores(split, q, t).softmax(1), member.targets(split))
             for label, t in (
                 ("T = 1", 1.0),
-                (f"T = {member.expert.temperature:.2f}", member.expert.temperature),
+                (f"T = {member.expert.temperature:.2f}", None),
             )
         }
     return panels

@@ -92,6 +92,8 @@ def expert_rows(members: Sequence[Member]) -> list[Row]:
 
     rows = []
     for split in ("test_balanced", "test_lt"):
+        if any(split not in m.expert.splits for m in members):
+            continue
         errors = [
             standard_errors(m.logits(split).argmax(1), m.targets(split), m.groups) for m in members
         ]

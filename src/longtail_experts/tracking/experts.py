@@ -14,9 +14,9 @@ from longtail_experts.config import Config, make_config, parse_recipe, to_text
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
-from longtail_experts.data.splits import SPLITS
 from longtail_experts.learning.calibration import deployment_scores
 from longtail_experts.learning.evaluation import deployment_priors
+from longtail_experts.learning.losses import LOSSES
 from longtail_experts.learning.metrics import (
     accuracies,
     balanced_accuracy_standard_error,
@@ -24,6 +24,7 @@ from longtail_experts.learning.metrics import (
 )
 from longtail_experts.tracking import figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
+from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.logits import read_logits
 from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import (
@@ -57,7 +58,8 @@ def start_expert_run(
     config: Config, stage: str, parent: Run | None = None, existing: Run | None = None
 ) -> AbstractContextManager[Run]:
     """A new run of an expert, or `existing` once more, which keeps the tags of its start."""
-    tags = {"stage": stage, "expert": config.loss, **machine_tags(config)}
+    tags = {"stage": stage, "expert": config.loss, "config_sha256": config.sha256}
+    tags |= machine_tags(config)
     if existing is not None:
         tags = tags_of_resumed(existing, config)
     name = run_name(config, config.loss)
@@ -77,6 +79,7 @@ def machine_tags(config: Config) -> dict[str, str]:
         "data.source": config.source,
         "device": config.device,
         "precision": config.precision,
+        "code_sha256": code_sha256(),
         **git_tags(),
     }
 
@@ -97,13 +100,13 @@ def record_inputs(run: Run, config: Config, data: Dataset, num_parameters: int) 
 
 def record_splits(run: Run, data: Dataset) -> None:
     """splits/*.json and what `mlflow ui` shows under *Datasets used*."""
-    for split in SPLITS:
+    for split in data.split_names:
         indices = data.splits.indices[split].tolist()
         run.write_json(f"splits/{split}_indices.json", indices)
     run.write_json("splits/manifest.json", data.manifest)
     run.log_datasets(
         (split, data.splits.sha256, data.images.source, {"num_rows": data.size(split)})
-        for split in SPLITS
+        for split in data.split_names
     )
 
 
@@ -217,10 +220,11 @@ def checkpoint_bytes(num_parameters: int) -> int:
 
 def require_trained(run: Run) -> None:
     """Raises RunError for a run that has no checkpoint, or whose training has not ended well."""
-    if not run.has_artifact("checkpoints/best.pt"):
+    name = "last" if run.params.get("protocol") == "literature" else "best"
+    if not run.has_artifact(f"checkpoints/{name}.pt"):
         stage = run.tags.get("stage", "none")
         raise RunError(
-            f"run {run.run_id}: has no checkpoints/best.pt (its stage is {stage}); give the id "
+            f"run {run.run_id}: has no checkpoints/{name}.pt (its stage is {stage}); give the id "
             "of a train run"
         )
     if "training" not in run.tags:
@@ -239,7 +243,9 @@ def record_per_class(run: Run, data: Dataset, recalls: Mapping[str, tuple[Tensor
     recalls: split -> (recall float64 [C], images int64 [C]) of argmax f.
     """
     train_counts, pool_counts = data.class_counts("train").tolist(), data.splits.pool_counts
-    groups = data.groups
+    groups, num_classes = data.groups, data.num_classes
+    nothing = (torch.full((num_classes,), math.nan), torch.zeros(num_classes, dtype=torch.int64))
+    every = {split: recalls.get(split, nothing) for split in ("val_lt", "test_lt", "test_balanced")}
     rows = []
     for c, name in enumerate(data.images.class_names):
         row = {
@@ -250,10 +256,10 @@ def record_per_class(run: Run, data: Dataset, recalls: Mapping[str, tuple[Tensor
             "head_tail": "head" if groups["head"][c] else "tail",
             "many_medium_few": next(g for g in ("many", "medium", "few") if groups[g][c]),
         }
-        for split, (recall, _) in recalls.items():
+        for split, (recall, _) in every.items():
             value = float(recall[c])
             row[f"recall_{split}"] = None if math.isnan(value) else value
-        row |= {f"n_{split}": int(images[c]) for split, (_, images) in recalls.items()}
+        row |= {f"n_{split}": int(images[c]) for split, (_, images) in every.items()}
         rows.append(row)
     run.write_json("tables/per_class.json", rows)
     with run.artifact("figures/per_class_accuracy.png") as path:
@@ -269,22 +275,23 @@ def record_figures(
     run: Run,
     data: Dataset,
     logits: Mapping[str, Tensor],
-    temperature: float,
+    temperature: float | Tensor,
     log_offset: Tensor,
     prior: Tensor,
 ) -> None:
-    """Learning curves, and reliability before and after the temperature."""
+    """Learning curves, and reliability before and after the temperature (one, or one a row)."""
     curves = ("train/loss", "val/balanced_accuracy", "val/head_accuracy", "val/tail_accuracy")
     with run.artifact("figures/learning_curves.png") as path:
         figures.learning_curves({name: run.history(name) for name in curves}, path)
-    deployment = deployment_priors(data.targets("test_lt"), data.num_classes)
+    deployment = deployment_priors(data.targets_if_any("test_lt"), data.num_classes)
+    after = f"T = {temperature:.2f}" if isinstance(temperature, float) else "T cross-fitted"
     panels = {
         f"Reliability on {split}": {
             label: reliability(
                 deployment_scores(logits[split], t, log_offset, prior, q).softmax(1),
                 data.targets(split),
             )
-            for label, t in (("T = 1", 1.0), (f"T = {temperature:.2f}", temperature))
+            for label, t in (("T = 1", 1.0), (after, temperature))
         }
         for split, q in deployment.items()
     }
@@ -294,12 +301,28 @@ def record_figures(
 
 def describe_trained(run: Run, config: Config) -> None:
     """The page of a run that `train` has finished and nothing has calibrated yet."""
-    metrics = run.metrics
     run.describe(
-        f"{notice(config)}Trained under {config.loss}, not calibrated. Best checkpoint: epoch "
-        f"{int(metrics['best/epoch'])}, "
-        f"{100 * metrics['best/val_balanced_accuracy']:.2f} % balanced on val_lt.\n\n"
+        f"{notice(config)}Trained under {config.loss}, not calibrated. The expert is "
+        f"{which_checkpoint(run.metrics)}.\n\n"
         f"Next: `mlflow run . -e calibrate -P run_id={run.run_id}`"
+    )
+
+
+def approximation_notice(loss: str) -> str:
+    if LOSSES[loss].is_exact:
+        return ""
+    return (
+        f"\n\n**Approximate:** no constant makes the logits of {loss} a log-posterior. log_offset "
+        "is the nearest one, and with it adjusted accuracies, NLL, Brier and ECE."
+    )
+
+
+def which_checkpoint(metrics: Mapping[str, float]) -> str:
+    if "best/epoch" not in metrics:
+        return f"the last checkpoint, of epoch {int(metrics['epoch'])}; nothing was selected"
+    return (
+        f"the checkpoint of epoch {int(metrics['best/epoch'])}, best on val_lt "
+        f"({100 * metrics['best/val_balanced_accuracy']:.2f} % balanced)"
     )
 
 
@@ -313,7 +336,7 @@ def record_report(run: Run, data: Dataset, logits: Mapping[str, Tensor]) -> None
             f"{notice(config)}## {config.loss}: test_balanced balanced accuracy "
             f"{100 * balanced:.2f} %",
             accuracy_table(metrics, data, logits),
-            report.calibration_markdown(metrics),
+            report.calibration_markdown(metrics) + approximation_notice(config.loss),
             f"## Success checklist\n\n{report.checklist_markdown(checks)}",
             f"## What was done\n\n{what_was_done(run, config, data)}",
         ]
@@ -331,6 +354,8 @@ def accuracy_table(
     """Accuracies of argmax f in percent, means over classes with their standard error and n."""
     groups, rows = data.groups, []
     for split in ("test_balanced", "test_lt", "val_lt"):
+        if split not in data.split_names:
+            continue
         targets, predictions = data.targets(split), logits[split].argmax(1)
         values = accuracies(predictions, targets, groups, data.num_classes)
         row = [split, report.percent(values["accuracy"])]
@@ -351,38 +376,45 @@ def success_checklist(
     """Every box, computed from what the store gives back."""
     metrics, tags = run.metrics, run.tags
     losses = [value for _, value in run.history("train/loss")]
-    validation = run.history("val/balanced_accuracy")
-    error = balanced_accuracy_standard_error(
-        logits["val_lt"].argmax(1), data.targets("val_lt"), data.num_classes
-    )
-    expected, rows, problem = {split: data.size(split) for split in SPLITS}, {}, ""
+    selected, split = "val_lt" in data.split_names, "test_lt"
+    if split not in data.split_names:
+        split = "test_balanced"
+    expected, rows, problem = {name: data.size(name) for name in data.split_names}, {}, ""
     try:
         stored = read_logits(run).splits
         rows = {split: len(stored[split].targets) for split in stored}
     except RunError as failure:
         problem = str(failure)
     problems = {}
-    for name in ("best", "last", "final_calibrated"):
+    for name in ("best", "last", "final_calibrated")[not selected :]:
         try:
             read_checkpoint(run, name)
             problems[name] = ""
         except RunError as failure:
             problems[name] = str(failure)
-    return [
+    checks = [
         report.trained_to_the_end(
             int(metrics.get("epoch", -1)) + 1,
             config.epochs,
             tags.get("training") == "early_stopped",
             losses,
-        ),
-        report.validation_improved(
-            metrics["best/val_balanced_accuracy"], validation[0][1], data.num_classes, error
-        ),
+        )
+    ]
+    if selected:
+        error = balanced_accuracy_standard_error(
+            logits["val_lt"].argmax(1), data.targets("val_lt"), data.num_classes
+        )
+        first = run.history("val/balanced_accuracy")[0][1]
+        best = metrics["best/val_balanced_accuracy"]
+        checks.append(report.validation_improved(best, first, data.num_classes, error))
+    return [
+        *checks,
         report.temperature_helps(
             metrics["temperature"],
             bool(metrics["temperature_at_bound"]),
-            metrics["test_lt/nll"],
-            metrics["test_lt/nll_uncalibrated"],
+            metrics[f"{split}/nll"],
+            metrics[f"{split}/nll_uncalibrated"],
+            split,
         ),
         report.logits_complete(rows, expected, problem),
         report.checkpoints_load(problems),
@@ -392,15 +424,16 @@ def success_checklist(
 def what_was_done(run: Run, config: Config, data: Dataset) -> str:
     metrics, tags = run.metrics, run.tags
     images, epochs = data.images, int(metrics["epoch"]) + 1
-    sizes = ", ".join(f"{split} {data.size(split):,}" for split in SPLITS)
+    sizes = ", ".join(f"{split} {data.size(split):,}" for split in data.split_names)
+    subset = ""
+    if config.protocol == "literature":
+        subset = "LDAM's subset; " if config.subset_rule == "ldam" else "own subset; "
     return "\n".join(
         [
             f"- ResNet-32 ({config.shortcut} shortcut) under {config.loss}, "
-            f"{epochs} epochs; the checkpoint of epoch "
-            f"{int(metrics['best/epoch'])}, best on val_lt "
-            f"({100 * metrics['best/val_balanced_accuracy']:.2f} % balanced), gave everything "
-            "above",
-            f"- images: {images.source}, fingerprint `{images.fingerprint[:12]}`, splits "
+            f"{epochs} epochs; {which_checkpoint(metrics)}, gave everything above",
+            f"- protocol {config.protocol}: {subset}images: {images.source}, fingerprint "
+            f"`{images.fingerprint[:12]}`, splits "
             f"`{data.splits.sha256[:12]}` ({sizes}); "
             f"{data.manifest['num_identical_groups']} groups of identical pixels, see "
             "splits/manifest.json",
@@ -454,7 +487,7 @@ def describe_parent(
 def split_table(data: Dataset) -> str:
     """Sizes of the splits, and how many classes each lacks."""
     rows = []
-    for split in SPLITS:
+    for split in data.split_names:
         counts = data.class_counts(split)
         numbers = (int(counts.max()), int(counts.min()), int((counts == 0).sum()))
         rows.append([split, f"{data.size(split):,}", *map(str, numbers)])
@@ -463,7 +496,7 @@ def split_table(data: Dataset) -> str:
 
 def record_split_report(run: Run, config: Config, data: Dataset) -> None:
     """Sizes, absent classes and identical images of the splits, in words and as a figure."""
-    counts = {split: data.class_counts(split).numpy() for split in SPLITS}
+    counts = {split: data.class_counts(split).numpy() for split in data.split_names}
     same = data.manifest["identical_images"]
     listed = "".join(f"\n- {', '.join(group)}" for group in same[:MAX_LISTED])
     text = (

@@ -59,10 +59,16 @@ def lr_schedule(rates: Sequence[float], steps_per_epoch: int, path: Path) -> Non
 
 
 def learning_curves(histories: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    """Training loss beside validation accuracy: balanced, head, tail; histories by metric name."""
-    figure, (left, right) = new_axes(2, 10.0, 4.0)
+    """Training loss beside validation accuracy: balanced, head, tail; histories by metric name.
+    Without validations, the loss alone."""
+    has_validation = any(points for name, points in histories.items() if name != "train/loss")
+    figure, (left, *others) = new_axes(1 + has_validation, 5.0 + 5.0 * has_validation, 4.0)
     left.plot(*zip(*histories["train/loss"], strict=True), color=ALL)
     left.set(xlabel="optimiser step", ylabel="nats", title="Training loss (mean over images)")
+    if not has_validation:
+        save(figure, path)
+        return
+    (right,) = others
     for name, colour, label in (
         ("val/head_accuracy", HEAD, "head"),
         ("val/balanced_accuracy", ALL, "balanced"),
@@ -151,7 +157,7 @@ def split_counts(
     figure, axes = new_axes(2, 11.0, 4.2)
     order = np.argsort(-pool_counts, kind="stable")
     colours = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00")
-    for (split, counts), colour in zip(class_counts.items(), colours, strict=True):
+    for (split, counts), colour in zip(class_counts.items(), colours, strict=False):
         ax = axes[split in ("val_lt", "test_lt", "test_balanced")]
         total = int(counts.sum())
         ax.plot(np.maximum(counts[order], 0.5), lw=1.3, color=colour, label=f"{split}: {total:,}")

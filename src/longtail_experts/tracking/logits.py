@@ -81,7 +81,8 @@ def read_logits(run: Run) -> ExpertLogits:
     """What `write_logits` wrote, checked; RunError where anything is not as it should be."""
     what = f"run {run.run_id}: logits/manifest.json"
     with _malformed(f"run {run.run_id}: splits/manifest.json"):
-        names = tuple(map(str, run.read_json("splits/manifest.json")["class_names"]))
+        about = run.read_json("splits/manifest.json")
+        names = tuple(map(str, about["class_names"]))
     with _malformed(what):
         manifest = run.read_json("logits/manifest.json")
         constants = {
@@ -90,7 +91,7 @@ def read_logits(run: Run) -> ExpertLogits:
             "log_offset": _vector(manifest["log_offset"], len(names)),
             "prior": _vector(manifest["prior"], len(names)),
         }
-        files = {name: manifest["files"][name] for name in SPLITS}
+        files = {name: manifest["files"][name] for name in SPLITS if name in about["splits"]}
         expected = {name: (str(file["sha256"]), int(file["rows"])) for name, file in files.items()}
     splits = {}
     for name, (sha256, rows) in expected.items():

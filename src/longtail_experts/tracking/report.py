@@ -42,9 +42,11 @@ def validation_improved(
     )
 
 
-def temperature_helps(temperature: float, at_bound: bool, nll: float, uncalibrated: float) -> Check:
+def temperature_helps(
+    temperature: float, at_bound: bool, nll: float, uncalibrated: float, split: str = "test_lt"
+) -> Check:
     return Check(
-        "temperature interior, and NLL on test_lt lower than at T = 1",
+        f"temperature interior, and NLL on {split} lower than at T = 1",
         not at_bound and nll < uncalibrated,
         f"T = {temperature:.4f}{' at its bound' if at_bound else ''}, NLL {nll:.4f} against "
         f"{uncalibrated:.4f} nats",
@@ -105,16 +107,25 @@ def calibration_markdown(metrics: Mapping[str, float]) -> str:
     rows = [
         [f"{split} {label}", *(show(metrics[f"{split}/{key}{end}"]) for end in ENDINGS)]
         for split in ("test_balanced", "test_lt")
+        if f"{split}/nll" in metrics
         for key, label, show in (
             ("nll", "NLL, nats", lambda v: f"{v:.4f}"),
             ("brier", "Brier", lambda v: f"{v:.4f}"),
             ("ece", "ECE, %", lambda v: f"{100 * v:.2f}"),
         )
     ]
+    halves = ""
+    if "temperature_half_0" in metrics:
+        of_halves = (metrics["temperature_half_0"], metrics["temperature_half_1"])
+        halves = (
+            " There is no calibration split: it is fitted on the test images, under the uniform "
+            "prior. The scores above are cross-fitted in two halves of them: T = "
+            f"{of_halves[0]:.4f} and {of_halves[1]:.4f}, each used on the other half."
+        )
     return (
         f"{table(('calibration', 'T = 1', 'calibrated'), rows)}\n\n"
         f"Temperature {metrics['temperature']:.4f} (95 % interval "
-        f"{metrics['temperature_low']:.3f} to {metrics['temperature_high']:.3f})."
+        f"{metrics['temperature_low']:.3f} to {metrics['temperature_high']:.3f}).{halves}"
     )
 
 

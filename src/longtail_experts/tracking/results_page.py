@@ -11,7 +11,6 @@ from longtail_experts.tracking.experts import repeat_command
 from longtail_experts.tracking.published import APPLIES_TO, PUBLISHED
 from longtail_experts.tracking.runs import Run, RunError
 from longtail_experts.tracking.study import (
-    BEFORE_THERE_WAS_A_CHOICE,
     CHANCE,
     KNOBS,
     SPLITS_FOLLOW_FROM,
@@ -34,8 +33,8 @@ PROTOCOLS = {
     "selects anything",
     "literature": "trained on the whole long-tailed pool and tested on all test images, as most of "
     "the literature does; the last epoch, nothing is selected. There is no hold-out: the "
-    "temperature is two-fold cross-fitted on the test images, each half scored with the "
-    "temperature of the other, under the uniform prior",
+    "temperature is two-fold cross-fitted on the test images under the uniform prior, each half "
+    "scored with that of the other; T in the table is fitted on all of them",
 }
 SUBSETS = {
     "own": "**own subset**: drawn by `split_seed`, not the images of LDAM's code",
@@ -179,11 +178,7 @@ def how_it_was_made(study: Study, setting: Setting) -> str:
         parts.append(f"Child runs of run `{setting.sweep_id}`.")
     commands = []
     for group in study.groups:
-        fields = dict(group.trials[0].fields)
-        fields.pop("data_dir")
-        for name, value in BEFORE_THERE_WAS_A_CHOICE.items():
-            if fields[name] == value:
-                del fields[name]
+        fields = {n: v for n, v in group.trials[0].fields.items() if n != "data_dir"}
         try:
             commands.append(repeat_command(make_config(fields)))
         except ConfigError:  # of another version of this program

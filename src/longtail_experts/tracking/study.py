@@ -63,7 +63,6 @@ KNOBS_OF = {
     "ldam_drw": ("beta", "reweight_from"),
 }
 KNOBS = tuple(dict.fromkeys(knob for knobs in KNOBS_OF.values() for knob in knobs))
-BEFORE_THERE_WAS_A_CHOICE = {"protocol": "experts", "subset_rule": "own"}
 SHORT = {"imbalance_factor": "IF", "imbalance_profile": "profile"}
 IN_LABELS = (*KNOBS, "source", "imbalance_profile", "imbalance_factor", "protocol", "epochs")
 
@@ -256,7 +255,7 @@ def recorded_fields(run: Run) -> dict[str, str]:
         raise RunError(f"run {run.run_id}: config.yaml: {first_line(error)}") from None
     defaults = {name: to_text(field.default) for name, field in Config.model_fields.items()}
     as_text = {n: to_text(tuple(v) if isinstance(v, list) else v) for n, v in given.items()}
-    return BEFORE_THERE_WAS_A_CHOICE | defaults | as_text
+    return defaults | as_text
 
 
 # --- groups -----------------------------------------------------------------------------------

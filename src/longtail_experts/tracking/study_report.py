@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from longtail_experts.learning.losses import LOSSES
 from longtail_experts.learning.statistics import Interval
 from longtail_experts.tracking import report, study_figures
 from longtail_experts.tracking.comparison_report import (
@@ -182,9 +183,15 @@ def shortened(name: str, value: str) -> str:
 
 
 def how_to_read(study: Study) -> str:
-    return "\n".join(
-        f"- {words}" for words in (*map(HOW_TO_READ.get, study.kinds), PAIRED, MEASURED)
-    )
+    words = [*map(HOW_TO_READ.get, study.kinds), PAIRED, MEASURED]
+    losses = dict.fromkeys(group.loss for group in study.groups)
+    approximate = [loss for loss in losses if loss in LOSSES and not LOSSES[loss].is_exact]
+    if approximate:
+        words.append(
+            f"Approximate: no constant makes the logits of {', '.join(approximate)} a "
+            "log-posterior; adjusted accuracies, NLL and ECE of these use the nearest one."
+        )
+    return "\n".join(f"- {line}" for line in words)
 
 
 def summary(study: Study) -> str:

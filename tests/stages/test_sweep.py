@@ -1,0 +1,335 @@
+"""A grid of experts: what it means, what is not repeated, and what failures and kills leave."""
+
+import json
+import math
+import signal
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from conftest import use_store
+from mlflow import MlflowClient
+from reliability.harness import Training, journal_lines, wait_until
+
+from longtail_experts.cli import main
+from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError
+from longtail_experts.stages.grid import MOST_TRIALS, points_of, read_sweep
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
+
+
+def write(folder: Path, **content) -> str:
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({"config": "cifar100_lt", **content}, sort_keys=False))
+    return str(path)
+
+
+# --- the grid ---------------------------------------------------------------------------------
+
+
+def test_trials_are_the_product_of_the_grid(tmp_path):
+    grid = {"loss": ["ce", "logit_adjust"], "tau": [0, 1.5], "milestones": [[3, 5], "none"]}
+    file = write(tmp_path, fixed={"epochs": 7, "lr": 0.1}, grid=grid)
+    points = points_of(read_sweep(file, {"lr": "0.3"}))
+    found = [(p.config.loss, p.config.tau, p.config.milestones) for p in points]
+    assert found == list(product(["ce", "logit_adjust"], [0, 1.5], [(3, 5), ()]))
+    assert {(p.config.epochs, p.config.lr) for p in points} == {(7, 0.3)}
+    assert points[-1].fields == {"loss": "logit_adjust", "tau": "1.5", "milestones": "none"}
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "says"),
+    [
+        ({"grid": {"sed": [0]}}, {}, "unknown field 'sed'; did you mean seed?"),
+        ({"grid": {"seed": [0]}, "fixd": {}}, {}, "unknown field 'fixd'; did you mean fixed?"),
+        ({"grid": {"seed": [0]}, "lr": 1}, {}, "'lr'; a field of the config goes under `fixed:`"),
+        ({"grid": {"seed": [0, "x"]}}, {}, "seed=x: "),
+        ({"grid": {"lr": [0.1, -1]}}, {}, "lr=-1: "),
+        ({"grid": {"loss": ["ce", "all"]}}, {}, "loss=all: a trial is one expert"),
+        ({"grid": {"seed": [0]}, "fixed": {"loss": "all"}}, {}, "loss=all: a trial is one"),
+        ({"grid": {"seed": [0, 1, 0]}}, {}, "two trials are the same (seed=0; seed=0)"),
+        ({"grid": {"lr": [1, 1.0]}}, {}, "two trials are the same (lr=1; lr=1)"),
+        ({"grid": {"device": ["cpu", "auto"]}}, {}, "two trials are the same"),
+        ({"grid": {"seed": []}}, {}, "seed=[]: give at least one value"),
+        ({"grid": {}}, {}, "grid={}: give a field"),
+        ({}, {}, "grid: is missing"),
+        ({"grid": {"seed": 3}}, {}, "seed=3: give a list of values"),
+        ({"grid": ["seed"]}, {}, "grid: must hold `name: [value, value]` lines"),
+        ({"grid": {"seed": [[[1]]]}}, {}, "grid: must hold `name: [value, value]` lines"),
+        ({"grid": {"seed": [0]}, "fixed": {"seed": 1}}, {}, "seed: is both under `fixed:`"),
+        ({"grid": {"seed": [0]}}, {"seed": "1"}, "seed=1: the grid of"),
+        ({"grid": {"seed": [0]}, "trials_at_once": 0}, {}, "trials_at_once=0: "),
+        ({"grid": {"seed": [0]}, "cpus_per_trial": True}, {}, "cpus_per_trial=true: "),
+        ({"grid": {"seed": [0]}, "gpus_per_trial": -1}, {}, "gpus_per_trial=-1: "),
+        ({"grid": {"seed": [0]}, "gpus_per_trial": 1.5}, {}, "gpus_per_trial=1.5: "),
+        ({"grid": {"seed": [0]}, "config": "nosuch"}, {}, "config=nosuch: no such file"),
+        (
+            {"grid": {"seed": list(range(101)), "split_seed": list(range(100))}},
+            {},
+            "grid: 10,100 trials; at most 10,000",
+        ),
+    ],
+)
+def test_a_wrong_sweep_is_refused_in_one_line(
+    tmp_path, monkeypatch, capfd, content, overrides, says
+):
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path, **content)
+    arguments = [part for name, value in overrides.items() for part in (f"--{name}", value)]
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["sweep", "--sweep", file, *arguments]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert len(line) < 600
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_grid_that_prints_as_gigabytes_is_refused(tmp_path):
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    for here, there in zip("bcdefghij", "abcdefghi", strict=True):
+        bomb += f"{here}: &{here} [{','.join([f'*{there}'] * 9)}]\n"
+    (tmp_path / "bomb.yaml").write_text(bomb.replace("a: &a", "config: &a") + "grid: {seed: *j}\n")
+    with pytest.raises(ConfigError) as error:
+        read_sweep(str(tmp_path / "bomb.yaml"), {})
+    assert len(str(error.value)) < 600
+
+
+def test_as_many_trials_as_allowed_are_made(tmp_path):
+    grid = {"seed": list(range(100)), "split_seed": list(range(MOST_TRIALS // 100))}
+    assert len(points_of(read_sweep(write(tmp_path, grid=grid), {}))) == MOST_TRIALS
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_sweeps_that_come_with_the_project(path):
+    assert path.read_text().startswith("# ")
+    sweep = read_sweep(path.stem, {})
+    points = points_of(sweep)
+    assert len(points) == math.prod(map(len, sweep.grid.values()))
+    if path.stem == "tau_family":
+        taus = [point.config.tau for point in points]
+        assert sum(taus) / len(taus) == 1
+
+
+OTHER = {
+    **{"loss": "balanced_softmax", "tau": 2, "source": "images", "imbalance_factor": 10},
+    **{"imbalance_profile": "step", "images_per_class": 7, "split_seed": 1, "seed": 1},
+    **{"expert_seed": 5, "shortcut": "pad", "epochs": 3, "batch_size": 64, "lr": 0.1},
+    **{"momentum": 0.5, "weight_decay": 0, "milestones": (1,), "lr_decay": 0.5},
+    **{"warmup_steps": 0, "validation_every": 1, "early_stopping_patience": 2},
+    **{"checkpoint_every": 3, "precision": "bf16", "fast": False},
+    **{"data_dir": "elsewhere", "device": "cpu", "register_as": "name", "preflight": False},
+}
+
+
+@pytest.mark.parametrize("name", list(Config.model_fields))
+def test_the_hash_of_a_config_is_of_what_changes_figures(name):
+    value = OTHER.get(name)
+    if value is None:
+        pytest.skip("a field that this test knows no other value of")
+    is_same = Config().replace(**{name: value}).sha256 == Config().sha256
+    assert is_same == (name in CHANGES_NO_FIGURE)
+
+
+# --- real sweeps on this machine --------------------------------------------------------------
+
+
+def fields_of(tiny_arguments) -> dict[str, str]:
+    pairs = zip(tiny_arguments[::2], tiny_arguments[1::2], strict=True)
+    fields = {name.removeprefix("--"): value for name, value in pairs}
+    del fields["config"]
+    return fields
+
+
+def trials_of(parent: str) -> dict[tuple[str, ...], dict]:
+    uri = MlflowClient().get_run(parent).info.artifact_uri
+    path = Path(uri.removeprefix("file://")) / "trials.json"
+    return {tuple(trial["fields"].values()): trial for trial in json.loads(path.read_text())}
+
+
+def runs(stage: str) -> list:
+    found = mlflow.get_experiment_by_name("tests")
+    if found is None:
+        return []
+    every = MlflowClient().search_runs([found.experiment_id], max_results=1000)
+    return [run for run in every if run.data.tags.get("stage") == stage]
+
+
+def logits_of(run) -> dict[str, bytes]:
+    folder = Path(run.info.artifact_uri.removeprefix("file://")) / "logits"
+    return {path.name: path.read_bytes() for path in folder.glob("*.npz")}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, migrated_database, tiny_arguments) -> dict:
+    """Two losses, each at a rate that works and at one that diverges, swept once."""
+    folder = tmp_path_factory.mktemp("swept")
+    fixed = {**fields_of(tiny_arguments), "weight_decay": 0.5, "preflight": False}
+    del fixed["lr"]
+    file = write(folder, fixed=fixed, grid={"lr": [100, 0.01], "loss": ["ce", "logit_adjust"]})
+    with pytest.MonkeyPatch.context() as patch:
+        use_store(folder, migrated_database, patch)
+        code = main(["sweep", "--sweep", file])
+        (parent,) = runs("sweep")
+        return {"folder": folder, "file": file, "code": code, "parent": parent.info.run_id}
+
+
+@pytest.fixture
+def swept_store(swept, monkeypatch) -> dict:
+    monkeypatch.chdir(swept["folder"])
+    database = swept["folder"] / "mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+    monkeypatch.setenv("LONGTAIL_CACHE_DIR", str(swept["folder"] / ".cache"))
+    mlflow.tracking.fluent._active_experiment_id = None
+    return swept
+
+
+@needs_ray
+def test_a_failing_trial_is_tried_twice_and_stops_no_other(swept_store):
+    parent = MlflowClient().get_run(swept_store["parent"])
+    assert (swept_store["code"], parent.info.status) == (1, "FAILED")
+    trials = trials_of(swept_store["parent"])
+    states = {fields: trial["state"] for fields, trial in trials.items()}
+    assert states == {
+        ("100", "ce"): "failed",
+        ("100", "logit_adjust"): "failed",
+        ("0.01", "ce"): "finished",
+        ("0.01", "logit_adjust"): "finished",
+    }
+    children = {run.info.run_id: run for run in runs("main")}
+    assert len(children) == 4
+    for trial in trials.values():
+        child = children[trial["run_id"]]
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.tags["config_sha256"] == trial["config_sha256"]
+        assert child.data.params["splits_sha256"] == trial["splits_sha256"]
+        is_good = trial["state"] == "finished"
+        assert child.info.status == ("FINISHED" if is_good else "FAILED")
+        assert child.data.tags.get("resumed") == (None if is_good else "1")
+        assert is_good or "not finite" in trial["reason"]
+        assert trial["run_id"] in parent.data.tags["mlflow.note.content"]
+
+
+@needs_ray
+def test_a_trial_is_an_ordinary_expert(swept_store, tiny_arguments):
+    """Bit for bit that of `main`, though its process has trained others before."""
+    arguments = [*tiny_arguments, "--weight_decay", "0.5", "--lr", "0.01"]
+    assert main(["main", "--loss", "logit_adjust", *arguments]) == 0
+    run_id = trials_of(swept_store["parent"])["0.01", "logit_adjust"]["run_id"]
+    trial = MlflowClient().get_run(run_id)
+    (alone,) = (run for run in runs("main") if "mlflow.parentRunId" not in run.data.tags)
+    assert logits_of(alone) == logits_of(trial)
+    assert len(logits_of(alone)) == 7
+    for name in ("config_sha256", "code_sha256"):
+        assert alone.data.tags[name] == trial.data.tags[name]
+    MlflowClient().delete_run(alone.info.run_id)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_the_same_command_repeats_only_what_failed(swept_store, capfd):
+    before = trials_of(swept_store["parent"])
+    assert main(["sweep", "--sweep", swept_store["file"]]) == 1
+    assert [run.info.run_id for run in runs("sweep")] == [swept_store["parent"]]
+    after = trials_of(swept_store["parent"])
+    assert "2 of 4 trials failed twice: lr=100 loss=ce: " in capfd.readouterr().err
+    for fields, trial in after.items():
+        same_run = trial["run_id"] == before[fields]["run_id"]
+        assert same_run == (trial["state"] == "finished")  # the second attempt began afresh
+
+
+@needs_ray
+def test_another_sweep_finds_what_is_finished(swept_store, tiny_arguments, capfd, monkeypatch):
+    """No trial is started, so Ray is not either; and a second time nothing at all happens."""
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+    fixed = {**fields_of(tiny_arguments), "weight_decay": 0.5, "lr": 0.01}
+    folder = swept_store["folder"] / "other"
+    folder.mkdir()
+    file = write(folder, fixed=fixed, grid={"loss": ["logit_adjust", "ce"]})
+    num_children = len(runs("main"))
+    assert main(["sweep", "--sweep", file]) == 0
+    (parent,) = (run for run in runs("sweep") if run.info.run_id != swept_store["parent"])
+    assert parent.info.status == "FINISHED"
+    theirs = trials_of(swept_store["parent"])
+    for (loss,), trial in trials_of(parent.info.run_id).items():
+        assert trial["state"] == "found"
+        assert trial["run_id"] == theirs["0.01", loss]["run_id"]
+    assert len(runs("main")) == num_children
+    assert main(["sweep", "--sweep", file]) == 0
+    assert "nothing was changed" in capfd.readouterr().out
+    assert len(runs("sweep")) == 2
+
+
+@needs_ray
+def test_other_code_repeats_every_trial(swept_store, monkeypatch):
+    from longtail_experts.tracking import sweeps
+
+    experiment = mlflow.get_experiment_by_name("tests").experiment_id
+    assert len(sweeps.finished_experts(experiment)) == 2
+    monkeypatch.setattr(sweeps, "code_sha256", lambda: "0" * 64)
+    assert not sweeps.finished_experts(experiment)
+
+
+def test_without_ray_one_line_says_what_to_install(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("longtail_experts.stages.sweep.find_spec", lambda name: None)
+    assert main(["sweep", "--sweep", "demo"]) == 2
+    assert 'pip install -e ".[sweep]"' in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@needs_ray
+def test_an_address_where_nothing_answers(store, capfd, monkeypatch):
+    monkeypatch.setattr("ray.init", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("x")))
+    assert main(["sweep", "--sweep", "demo", "--address", "127.0.0.1:1"]) == 2
+    assert "address=127.0.0.1:1: no Ray cluster answers there" in capfd.readouterr().err
+    assert not runs("sweep")
+
+
+# --- killed -----------------------------------------------------------------------------------
+
+
+def is_training(folder: Path, number: int) -> bool:
+    """Whether `number` trials below `folder` have recorded points on this disk."""
+    journals = folder.glob(".cache/runs/*/points.jsonl")
+    return sum(b"\n" in path.read_bytes() for path in journals) >= number
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
+    fixed = {**fields_of(tiny_arguments), "epochs": 60, "preflight": False}
+    arguments = ["sweep", "--sweep", write(store, fixed=fixed, grid={"seed": [0, 1]})]
+
+    sweep = Training(store, arguments)
+    wait_until(lambda: is_training(store, 2), what="both trials train")
+    sweep.kill(signal.SIGINT)
+    assert sweep.wait() == 130, sweep.output
+    (parent,) = runs("sweep")
+    assert parent.info.status == "KILLED"
+    children = {run.info.run_id for run in runs("main")}
+    assert {run.info.status for run in runs("main")} == {"KILLED"}
+    assert {t["state"] for t in trials_of(parent.info.run_id).values()} == {"stopped"}
+    assert len(list(store.glob(".cache/runs/*/last.pt"))) == 2
+
+    before = journal_lines(store)
+    sweep = Training(store, arguments)
+    wait_until(lambda: journal_lines(store) > before + 20, what="the trials go on")
+    sweep.kill(signal.SIGKILL)
+    sweep.wait()
+    assert {run.info.status for run in runs("main")} == {"RUNNING"}
+
+    sweep = Training(store, arguments)
+    assert sweep.wait() == 0, sweep.output
+    assert [run.info.run_id for run in runs("sweep")] == [parent.info.run_id]
+    assert {run.info.run_id: run.info.status for run in runs("main")} == dict.fromkeys(
+        children, "FINISHED"
+    )
+    assert {run.data.tags["resumed"] for run in runs("main")} == {"2"}
+    trials = trials_of(parent.info.run_id).values()
+    assert {trial["run_id"] for trial in trials} == children
