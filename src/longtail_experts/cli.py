@@ -32,7 +32,9 @@ ENTRY_POINTS = {
     "train": "train one expert; calibrate does the rest, on any later day",
     "calibrate": "temperature, test figures, logits and model, into the training run run_id",
     "export": "write the files that AR-GSE reads, from one run of each loss",
-    "compare": "table and figures across finished experts, and their ensembles",
+    "compare": "table and figures across finished experts, and their ensembles; or of a sweep, "
+    "means with intervals",
+    "results": "a page of sweeps for people, with figures: means, intervals, published figures",
     "sweep": "a grid of experts from one file, run by Ray here or on a cluster; what the store has "
     "is not repeated, and the same command goes on with what was cut off",
     "reap": "mark runs as FAILED whose process is gone, after delivering what they left behind",
@@ -48,6 +50,12 @@ OWN_PARAMETERS = {
         "deployment": "class prior to which all scores are converted: uniform (test_balanced), or "
         "test_lt (that split's own frequencies)",
         "different_splits": "true: tabulate even experts of different splits",
+        "sweep": "a sweep's run, instead of all that: means over its seeds with intervals, and "
+        "paired differences from cross-entropy",
+    },
+    "results": {
+        "sweeps": "the sweeps' runs: a,b",
+        "out": "the page to write, as docs/results.md; its figures go beside it",
     },
     "sweep": {
         "sweep": "a sweep file: path, or name in configs/sweeps/ (config, fixed, grid: {field: "
@@ -334,8 +342,15 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
         elif entry_point == "compare":
             from longtail_experts.stages import compare
 
-            choice, deployment, different_splits = _comparison(given)
-            print(f"run {compare.run(choice, deployment, different_splits)} FINISHED")
+            if sweep_id := _swept(given):
+                run_id = compare.run_study(sweep_id)
+            else:
+                run_id = compare.run(*_comparison(given))
+            print(f"run {run_id} FINISHED")
+        elif entry_point == "results":
+            from longtail_experts.stages import results
+
+            results.run(_ids(given["sweeps"], "sweeps"), Path(given["out"]))
         elif entry_point == "reap":
             from longtail_experts.stages import reap
 
@@ -349,6 +364,15 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
     except (RunError, DataError) as error:
         return _complain(error, 2)
     return 0
+
+
+def _swept(given: dict[str, str]) -> str | None:
+    """The sweep to be studied, where one is given, and then nothing else."""
+    given = {name: value for name, value in given.items() if value != "none"}
+    sweep_id = given.pop("sweep", None)
+    if sweep_id is not None and given:
+        raise ConfigError(f"sweep together with {next(iter(given))}: give one of them")
+    return sweep_id
 
 
 def _comparison(given: dict[str, str]) -> tuple[Any, str, bool]:
@@ -381,8 +405,8 @@ def _comparison(given: dict[str, str]) -> tuple[Any, str, bool]:
     return choice, deployment, different == "true"
 
 
-def _ids(text: str) -> list[str]:
+def _ids(text: str, name: str = "run_ids") -> list[str]:
     ids = [part.strip() for part in text.split(",") if part.strip()]
     if not ids:
-        raise ConfigError(f"run_ids={shorten(text)!r}: give run ids, as in a,b,c")
+        raise ConfigError(f"{name}={shorten(text)!r}: give run ids, as in a,b,c")
     return ids
