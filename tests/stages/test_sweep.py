@@ -27,7 +27,8 @@ from longtail_experts.cli import main
 from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError
 from longtail_experts.stages.grid import MOST_TRIALS, points_of, read_sweep
 
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's name for: loopback only
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+os.environ[LOOPBACK] = "0"  # Ray's name for: no other device than the loopback one
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
 
@@ -348,21 +349,34 @@ def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
 # --- a cluster --------------------------------------------------------------------------------
 
 
+# `ray start` puts the host's address in place of the loopback one, and listens on all devices.
+LOOPBACK_RAY = """
+from ray._private import services
+services.resolve_ip_for_localhost = lambda host: host
+from ray.scripts.scripts import main
+main()
+"""
+
+
 @contextmanager
 def ray_node(name: str, *options: str, **environment: str) -> Iterator[subprocess.Popen]:
     """One node with one core on 127.0.0.1; ended with everything that it started."""
     place = tempfile.mkdtemp(prefix=f"ray{name}", dir="/tmp")  # sockets need a short path
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"),
+        *(sys.executable, "-c", LOOPBACK_RAY, "start", "--block", "--num-cpus=1"),
         *("--node-ip-address=127.0.0.1", "--disable-usage-stats", "--num-gpus=0"),
         *("--object-store-memory=100000000", f"--temp-dir={place}", *options),
     ]
     log = Path(place) / "start.log"
+    environment = {**os.environ, **environment}
+    del environment[LOOPBACK]  # with it, no second node may join
     with log.open("wb") as output:
-        node = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, **environment}
-        )
+        node = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
+        wait_until(
+            lambda: b"runtime started" in log.read_bytes() or node.poll() is not None, what="a node"
+        )
+        assert node.poll() is None, log.read_text()
         yield node
     finally:
         kill_with_children(node)
@@ -397,7 +411,6 @@ def test_a_cluster_that_loses_a_node_finishes_every_trial(store, tiny_arguments)
     with ExitStack() as stack:
         head = [f"--port={address.split(':')[1]}", "--head", "--include-dashboard=false"]
         stack.enter_context(ray_node("h", *head, **secret))
-        wait_until(lambda: answers(address), 120, "the head starts")
         second = stack.enter_context(ray_node("s", f"--address={address}", **secret))
 
         sweep = Training(store, ["sweep", "--sweep", file, "--address", address], **secret)
@@ -424,9 +437,3 @@ def test_a_cluster_that_loses_a_node_finishes_every_trial(store, tiny_arguments)
     assert all(run.data.tags["calibrated"] == "true" for run in experts.values())
     resumed = {run_id for run_id, run in experts.items() if "resumed" in run.data.tags}
     assert resumed == {lost[0].info.run_id}
-
-
-def answers(address: str) -> bool:
-    host, port = address.split(":")
-    with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) == 0
