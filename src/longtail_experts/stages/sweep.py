@@ -228,16 +228,18 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
     """Ray, started on this host for as long as the block lasts, or joined at `address`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # it would send the whole folder along
-    import ray
-
-    handler = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {}
     if address == LOCAL:
+        # Read when Ray is imported. Ray's own name for it: listen on the loopback device only.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         options = {
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE,
-            "_node_ip_address": "127.0.0.1",  # nothing outside this host is let in
+            "_node_ip_address": "127.0.0.1",
         }
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address,
@@ -247,8 +249,11 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
             **options,
         )
     except Exception as error:
-        what = "Ray does not start" if address == LOCAL else "no Ray cluster answers there"
-        raise ConfigError(f"address={address}: {what} ({first_line(error)})") from None
+        what, remedy = "Ray does not start", "see its logs in /tmp/ray/session_latest/logs"
+        if address != LOCAL:
+            what = "no Ray cluster answers there"
+            remedy = "`ray start --head` starts one; RAY_AUTH_TOKEN must be the same here and there"
+        raise ConfigError(f"address={address}: {what} ({first_line(error)}); {remedy}") from None
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     try:
