@@ -78,12 +78,13 @@ class Run:
         self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        self.log_points((name, value, step) for name, value in values.items())
-
-    def log_points(self, points: Iterable[tuple[str, float, int]]) -> None:
-        """(name, value, optimiser step) triples, in one request a thousand."""
+        """Those that the run does not hold at this optimiser step: what was cut off and is done
+        again logs nothing twice."""
+        logged = self.metrics.keys() & values.keys()
+        there = {name for name in logged if step in dict(self.history(name))}
         now = int(time.time() * 1000)
-        self.log_metric_points([Metric(name, float(v), now, step) for name, v, step in points])
+        new = [Metric(n, float(v), now, step) for n, v in values.items() if n not in there]
+        self.log_metric_points(new)
 
     def log_metric_points(self, points: list[Metric], wait: bool = True) -> None:
         """In requests of a thousand; `wait` for a store that is away, or raise at once."""
@@ -181,6 +182,15 @@ class Run:
     @property
     def artifact_uri(self) -> str:
         return self.client.get_run(self.run_id).info.artifact_uri
+
+    @property
+    def logged_models(self) -> list[mlflow.entities.LoggedModel]:
+        """The oldest first, whatever became of them."""
+        return self.client.search_logged_models(
+            [self.experiment_id],
+            f"source_run_id = '{self.run_id}'",
+            order_by=[{"field_name": "creation_timestamp", "ascending": True}],
+        )
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) pairs in the order of steps."""
