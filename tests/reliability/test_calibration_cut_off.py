@@ -1,6 +1,5 @@
 """A calibration cut off at any point goes on to the record of one left alone."""
 
-
 import mlflow
 import pytest
 from reliability.harness import history, training_runs

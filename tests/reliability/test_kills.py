@@ -72,7 +72,7 @@ def kill_and_resume(store, arguments, number: int, draw: random.Random, num_poin
     assert code == EXIT_CODES[number], training.output
     if number != signal.SIGKILL:
         assert run.info.status == "KILLED"
-        assert "goes on from" in training.output or after == 0, training.output
+        assert f"-P resume={run_id} goes on from there" in training.output, training.output
     resumed = Training(store, ["train", "--resume", run_id])
     assert resumed.wait() == 0, resumed.output
     return Killed(run_id, True, seconds)

@@ -29,7 +29,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
@@ -283,11 +283,11 @@ def start_run(
             run_id=existing and existing.run_id,
             nested=nested,
             parent_run_id=parent and parent.run_id,
+            tags=dict(tags),  # at once, so that a run cut off in this moment is seen as ours
             log_system_metrics=system_metrics and os.environ.get(SYSTEM_METRICS) != "false",
         )
     run, status = Run(active.info.run_id), "FAILED"
     try:
-        run.set_tags(tags)
         if existing is None and (GENERATED_NAME.fullmatch(run.name) or name.startswith("DEMO")):
             run.rename(name)
         _require_usable_artifact_root(run)
@@ -298,7 +298,11 @@ def start_run(
             status = "KILLED"
         raise
     finally:
-        _end(run, status)
+        try:
+            _end(run, status)
+        except BaseException:  # Ctrl-C or SIGTERM meanwhile
+            _end(run, status)
+            raise
 
 
 def _end(run: Run, status: str) -> None:
@@ -321,12 +325,30 @@ def _first_contact(uri: str) -> Iterator[None]:
     """One process of this host at a time: MLflow creates its tables, and an experiment, without
     a lock, and all but one of the processes that do so at once fail."""
     path = uri.removeprefix("sqlite:///")
-    place = uri if path == uri else os.path.abspath(path)
-    name = hashlib.sha256(place.encode()).hexdigest()[:16]
-    with FileLock(
-        Path(tempfile.gettempdir()) / f"longtail-experts-{getpass.getuser()}-{name}.lock"
-    ):
+    with _host_lock(uri if path == uri else os.path.abspath(path)):
         yield
+
+
+@contextmanager
+def claimed(run: Run | None) -> Iterator[None]:
+    """One process of this host at a time goes on with a run: RunError for the others, which have
+    touched nothing."""
+    if run is None:
+        yield
+        return
+    try:
+        lock = _host_lock(run.run_id).acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"run {run.run_id}: another process is going on with it already") from None
+    with lock:
+        yield
+
+
+def _host_lock(what: str) -> FileLock:
+    name = hashlib.sha256(what.encode()).hexdigest()[:16]
+    return FileLock(
+        Path(tempfile.gettempdir()) / f"longtail-experts-{getpass.getuser()}-{name}.lock"
+    )
 
 
 def launched_run_id() -> str | None:
