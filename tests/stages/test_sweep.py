@@ -52,6 +52,14 @@ def test_trials_are_the_product_of_the_grid(tmp_path):
     assert points[-1].fields == {"loss": "logit_adjust", "tau": "1.5", "milestones": "none"}
 
 
+def test_a_grid_may_vary_the_recipe(tmp_path):
+    file = write(tmp_path, fixed={"lr": 0.2}, grid={"config": ["demo", "cifar100_lt"]})
+    points = points_of(read_sweep(file, {}))
+    assert [p.config.source for p in points] == ["synthetic", "cifar100"]
+    assert [p.config.lr for p in points] == [0.2, 0.2]
+    assert [p.label for p in points] == ["config=demo", "config=cifar100_lt"]
+
+
 @pytest.mark.parametrize(
     ("content", "overrides", "says"),
     [
@@ -76,7 +84,7 @@ def test_trials_are_the_product_of_the_grid(tmp_path):
         ({"grid": {"seed": [0]}, "trials_at_once": 0}, {}, "trials_at_once=0: "),
         ({"grid": {"seed": [0]}, "cpus_per_trial": True}, {}, "cpus_per_trial=true: "),
         ({"grid": {"seed": [0]}, "gpus_per_trial": -1}, {}, "gpus_per_trial=-1: "),
-        ({"grid": {"seed": [0]}, "gpus_per_trial": 1.5}, {}, "gpus_per_trial=1.5: "),
+        ({"grid": {"seed": [0]}, "gpus_per_trial": 1.5}, {}, "gpus_per_trial=1.5: must be whole"),
         ({"grid": {"seed": [0]}, "config": "nosuch"}, {}, "config=nosuch: no such file"),
         (
             {"grid": {"seed": list(range(101)), "split_seed": list(range(100))}},
