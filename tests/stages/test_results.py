@@ -176,7 +176,7 @@ def test_published_figures_name_their_sources():
 def test_synthetic_images_are_called_so(store):
     sweep = add_sweep(store)
     add_trial(store, sweep, figures(0.9), source="synthetic", data_dir="none")
-    assert "Synthetic images" in results(sweep)
+    assert "Synthetic images" in results(sweep).split("\n## ")[1]
 
 
 def test_trials_that_were_finished_before_the_sweep_count(short, store):

@@ -125,9 +125,11 @@ def as_markdown(
     ]
     for study, setting, figure in zip(studies, settings, figures, strict=True):
         title = plain(title_of(study))
-        first, *tables = markdown(title, notice_of(study), sections_of(study, ("test_balanced",)))
+        first, *tables = markdown(title, "", sections_of(study, ("test_balanced",)))
+        notice = notice_of(study).strip()
         picture = f"![{title}: means with 95 % intervals]({figure})"
-        parts += [first, setting_in_words(study, setting), picture, how_to_read(study), *tables]
+        parts += [first, *([notice] if notice else []), setting_in_words(study, setting)]
+        parts += [picture, how_to_read(study), *tables]
         if is_published_for(study):
             parts.append(f"### Beside the published figures\n\n{what_differs(study, setting)}")
         parts.append(f"### How it was made\n\n{how_it_was_made(study, setting)}")
