@@ -123,3 +123,45 @@ def test_milestones_past_the_end_are_a_warning(empty_folder, monkeypatch, caplog
     monkeypatch.setattr(inputs, "resolve", stop)
     assert main(["train", *FULL[1:], "--epochs", "100"]) == 2
     assert "milestones=[192, 224] lie at or past epochs=100" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("main", "--epoch", "2"), "unknown field 'epoch'; did you mean epochs?"),
+        ((*FULL, "--data_dir", "em[p]ty"), r"data_dir=em\[p\]ty: "),
+        (("calibrate", "--run_id", "nosuch"), "run_id=nosuch: not found in the store"),
+        (("compare", "--run_ids", "nosuch"), "run_id=nosuch: not found in the store"),
+    ],
+)
+def test_what_is_refused_under_mlflow_run_is_said_on_the_launchers_run(
+    store, monkeypatch, arguments, says
+):
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    launched = client.create_run(client.create_experiment("launcher"), run_name="mine").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+    assert main(list(arguments)) == 2
+    run = client.get_run(launched)
+    assert run.data.tags["mlflow.note.content"].startswith(f"**Not started.** {says}")
+    assert run.data.tags["stage"] == "refused"
+    assert (run.info.status, run.info.run_name) == ("RUNNING", "mine")  # the launcher ends it
+
+
+def test_a_page_that_says_something_is_left_alone(store, monkeypatch):
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    tags = {"mlflow.note.content": "## ce: 38 %", "stage": "main"}
+    launched = client.create_run(client.create_experiment("launcher"), tags=tags).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+    assert main(["main", "--epoch", "2"]) == 2
+    assert tags.items() <= client.get_run(launched).data.tags.items()
+
+
+def test_a_store_that_is_away_does_not_hide_the_refusal(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/no/such/folder.db")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "1" * 32)
+    assert main(["main", "--epoch", "2"]) == 2
+    assert "error: unknown field 'epoch'" in capfd.readouterr().err

@@ -1,5 +1,8 @@
 """MLproject, conda.yaml and pyproject.toml agree with each other and with the command line."""
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -72,3 +75,27 @@ def test_the_strong_card_is_long_and_augmented():
     assert (config.epochs, config.lr_schedule, config.milestones) == (400, "cosine", ())
     lr_of = schedule_of(config, steps_per_epoch=85)
     assert lr_of(200 * 85) == pytest.approx(0.05)
+
+
+def test_what_the_launcher_shows_of_a_refusal(store):
+    """`mlflow run`, for real: the run that it makes ends FAILED, and its page says why."""
+    import mlflow
+
+    (store / "src").symlink_to(ROOT / "src")
+    for name in ("MLproject", "conda.yaml"):
+        (store / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local"]
+    done = subprocess.run(
+        [*command, "-P", "config=demo", "-P", "warmup_step=5"],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    reason = "unknown field 'warmup_step'; did you mean warmup_steps?"
+    assert done.returncode != 0
+    assert f"error: {reason}\n" in done.stderr
+    (run,) = mlflow.search_runs(experiment_names=["tests"], output_format="list")
+    assert run.info.status == "FAILED"
+    assert run.data.tags["mlflow.note.content"] == f"**Not started.** {reason}"

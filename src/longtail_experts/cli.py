@@ -101,7 +101,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    says = " ".join(str(error).split())
+    print("error:", says, file=sys.stderr)
+    if "MLFLOW_RUN_ID" in os.environ:  # the launcher's run, which has nothing on its page yet
+        from longtail_experts.tracking.runs import note_failure
+
+        note_failure(says)
     return code
 
 

@@ -195,6 +195,34 @@ def test_different_splits_are_refused_unless_asked_for(altered_splits, capsys):
     assert "### Different splits" in read(run.info.run_id, "report.md")
 
 
+def test_experts_of_two_imbalance_factors(store, image_folder, tiny_arguments, capsys):
+    """For real: other counts, other training and test images, other priors."""
+    few = {
+        "imbalance_profile": "exp",
+        "images_per_class": "20",
+        "epochs": "1",
+        "milestones": "none",
+    }
+    fields = [part for name, value in few.items() for part in (f"--{name}", value)]
+    for loss, factor in (("ce", "4"), ("logit_adjust", "5")):
+        given = [*tiny_arguments, *fields, "--imbalance_factor", factor]
+        assert main(["main", "--loss", loss, *given]) == 0
+    of_each = {run.data.tags["expert"]: run.data.params for run in all_runs()}
+    assert of_each["ce"]["splits_sha256"] != of_each["logit_adjust"]["splits_sha256"]
+    capsys.readouterr()
+    assert main(["compare"]) == 2
+    message = capsys.readouterr().err
+    for params in of_each.values():
+        assert params["splits_sha256"][:12] in message
+    assert len(all_runs()) == 2
+    assert main(["compare", "--different_splits", "true"]) == 0
+    run = newest_comparison()
+    assert not [name for name in run.data.metrics if name.startswith("ensemble")]
+    report = read(run.info.run_id, "report.md")
+    assert "### Different splits" in report
+    assert "| imbalance_factor | 4 | 5 |" in report
+
+
 def test_experts_of_other_groups_are_still_tabulated(altered_splits, monkeypatch):
     """As of another imbalance factor: one of them has no tail, and none of its figures."""
     read_members = comparison.read_members

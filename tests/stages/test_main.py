@@ -86,7 +86,10 @@ def test_an_expert_run_holds_everything(finished, loss):
     assert (tags["stage"], tags["expert"], tags["data.source"]) == ("main", loss, "images")
     assert (tags["device"], tags["precision"]) == ("cpu", "fp32")
     assert tags["mlflow.note.content"].startswith(f"## {loss}")
-    assert "| val_lt | " in tags["mlflow.note.content"]
+    note = tags["mlflow.note.content"]
+    assert "| &emsp;test_balanced | &emsp;test_lt | &emsp;val_lt |\n" in note
+    assert note.index("| balanced |") < note.index("## What was done") < note.index("to repeat: `")
+    assert run.data.params["splits_sha256"][:12] in note
     assert tags["mlflow.parentRunId"] == finished["all"]
     for name, value in TINY_EXPERT.items():
         assert run.data.params[name] == value
@@ -99,6 +102,10 @@ def test_the_parent_holds_a_table_of_its_experts(finished):
     assert "expert" not in parent.data.tags
     for loss in LOSSES:
         assert finished[loss] in parent.data.tags["mlflow.note.content"]
+    note = parent.data.tags["mlflow.note.content"]
+    assert "to repeat: `mlflow run . -P loss=all -P config=cifar100_lt -P source=images" in note
+    child = MlflowClient().get_run(finished["ce"])
+    assert child.data.params["splits_sha256"][:12] in note
 
 
 def test_experts_differ_in_seed_even_where_their_loss_is_the_same_function(finished):

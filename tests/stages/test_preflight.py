@@ -113,6 +113,18 @@ def test_main_stops_before_there_is_a_run(store, tiny_arguments, begun, capfd):
     assert not runs()
 
 
+def test_the_launchers_run_says_why_main_stopped(store, tiny_arguments, begun, monkeypatch):
+    client = MlflowClient()
+    launched = client.create_run(client.create_experiment("launcher")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+    assert main(["main", *tiny_arguments, *ENDLESS_WARMUP]) == 1
+    assert not begun
+    run = client.get_run(launched)
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("**Not started.** NOT READY: warmup_steps=100000: the rate never")
+    assert (run.data.tags["stage"], run.info.run_name) == ("refused", "refused")
+
+
 def test_main_stops_at_a_full_disk(store, tiny_arguments, begun, monkeypatch, capfd):
     full_disk(store, monkeypatch)
     assert main(["main", *tiny_arguments]) == 1

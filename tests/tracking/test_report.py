@@ -7,11 +7,13 @@ import pytest
 from longtail_experts.tracking.report import (
     checklist_markdown,
     checkpoints_load,
+    fitting,
     logits_complete,
     table,
     temperature_helps,
     trained_to_the_end,
     validation_improved,
+    with_air,
 )
 
 
@@ -47,3 +49,15 @@ def test_boxes(check, passed, numbers):
 
 def test_tables_are_markdown():
     assert table(("a", "b"), [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+
+
+def test_tables_of_descriptions_get_air_and_nothing_else_does():
+    assert with_air(f"a | b\n{table(('a', 'b'), [['x', '1']])}") == (
+        "a | b\n| a | &emsp;b |\n| --- | ---: |\n| x | &emsp;1 |"
+    )
+
+
+def test_what_fits_is_measured_with_its_air():
+    part = table(("a", "b"), [["x", "1"]] * 700)
+    assert len(part) < 8000 < len(with_air(part))
+    assert fitting(["start", part], "more") == "start\n\nmore"

@@ -9,22 +9,17 @@ from longtail_experts.tracking.figures import (
     ALL,
     BEFORE,
     HEAD,
+    MARKS,
+    OTHERS,
     TAIL,
+    mark_groups,
     new_axes,
     plain_numbers_on_log_axis,
     save,
 )
 
-# Okabe and Ito's colours and shapes beside them, one pair an expert.
-EXPERTS = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#E69F00", "v"),
-    ("#56B4E9", "P"),
-    ("#000000", "X"),
-)
+# A colour and a shape an expert.
+EXPERTS = tuple(zip(OTHERS, ("o", "s", "^", "D", "v", "P", "X"), strict=True))
 NEIGHBOURS = 9  # classes in a running mean
 
 
@@ -47,9 +42,7 @@ def running_mean(values: np.ndarray, width: int = NEIGHBOURS) -> np.ndarray:
     )
 
 
-def per_class(
-    recalls: Mapping[str, tuple[np.ndarray, np.ndarray]], tail_at_most: int, path: Path
-) -> None:
+def per_class(recalls: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     """(recall [C], images in its pool [C]) of every expert: classes as dots, running means as
     lines."""
     figure, (axes,) = new_axes(1, 8.0, 4.6)
@@ -66,14 +59,6 @@ def per_class(
             lw=2,
             label=label,
         )
-    everywhere = np.concatenate([pool_counts for _, pool_counts in recalls.values()])
-    if everywhere.min() <= tail_at_most < everywhere.max():
-        axes.axvline(tail_at_most + 0.5, color=BEFORE, lw=1, ls="--")
-        for x, side, name, colour in (
-            (tail_at_most * 0.95, "right", "tail", TAIL),
-            (tail_at_most * 1.1, "left", "head", HEAD),
-        ):
-            axes.text(x, 101, name, ha=side, va="top", color=colour)
     axes.set(
         xscale="log",
         xlabel="images of the class in the LT pool",
@@ -82,6 +67,8 @@ def per_class(
         ylim=(-3, 103),
     )
     plain_numbers_on_log_axis(axes.xaxis)
+    everywhere = np.concatenate([pool_counts for _, pool_counts in recalls.values()])
+    mark_groups(axes, everywhere)
     figure.legend(loc="outside lower center", ncols=min(len(recalls), 3))
     save(figure, path)
 
@@ -113,12 +100,12 @@ def head_tail_plane(
         colour, marker = marks(number)
         heads, tails = 100 * np.array(pair).T
         axes.plot(heads, tails, color=colour, lw=0.8, ls=":")
-        axes.scatter(heads[0], tails[0], s=60, color=colour, marker=marker, label=label)
-        axes.scatter(
-            heads[1:], tails[1:], s=60, facecolors="none", edgecolors=colour, marker=marker
-        )
+        shape = {"s": 60, "marker": marker, "clip_on": False, "zorder": 3}
+        axes.scatter(heads[0], tails[0], color=colour, label=label, **shape)
+        axes.scatter(heads[1:], tails[1:], facecolors="none", edgecolors=colour, **shape)
     for (label, (x, y)), marker in zip(ensembles.items(), ("*", "p"), strict=False):
-        axes.scatter(100 * x, 100 * y, s=130, color=ALL, marker=marker, label=label)
+        shape = {"s": 130, "marker": marker, "clip_on": False, "zorder": 3}
+        axes.scatter(100 * x, 100 * y, color=ALL, label=label, **shape)
     axes.set(
         xlabel="head accuracy, % (mean over classes)",
         ylabel="tail accuracy, % (mean over classes)",
@@ -126,6 +113,8 @@ def head_tail_plane(
         xlim=(low[0], high[0]),
         ylim=(low[1], high[1]),
     )
+    axes.xaxis.label.set_color(HEAD)
+    axes.yaxis.label.set_color(TAIL)
     figure.legend(loc="outside lower center", ncols=3)
     save(figure, path)
 
@@ -198,7 +187,7 @@ def ensemble(
     height = 1.6 + 0.42 * len(names)
     figure, (left, right) = new_axes(2, 11.0, height)
     places = np.arange(len(names))[::-1]
-    for group, colour, marker in (("head", HEAD, "o"), ("balanced", ALL, "D"), ("tail", TAIL, "^")):
+    for group, (colour, marker) in MARKS.items():
         key = f"{group}_accuracy"
         values = [100 * rows[name].get(key, np.nan) for name in names]
         spread = [100 * errors[name].get(key, np.nan) for name in names]

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from longtail_experts.config import Config
-from longtail_experts.data.longtail import TAIL_AT_MOST
 from longtail_experts.tracking import comparison_figures, figures, report
 from longtail_experts.tracking.comparison import (
     POSTHOC_TAUS,
@@ -25,6 +24,7 @@ from longtail_experts.tracking.comparison import (
     reliability_panels,
     standard_errors,
 )
+from longtail_experts.tracking.report import plain
 from longtail_experts.tracking.runs import Run, link_to_artifact
 
 PAGE = "comparison/index.html"
@@ -171,12 +171,6 @@ def as_markdown(header: Sequence[str], rows: Sequence[Row]) -> str:
     )
 
 
-def plain(text: str) -> str:
-    """Text of whoever named a run, as itself: no cell, link, picture or tag begins in it."""
-    one_line = " ".join(text.split()).replace("|", "/")
-    return re.sub(r"([\\`*\[\]!])", r"\\\1", html.escape(one_line, quote=False))
-
-
 def as_html(header: Sequence[str], rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     body = ""
@@ -229,7 +223,6 @@ def draw(
 
     comparison_figures.per_class(
         {m.label: (recall_of(m), np.array(m.pool_counts)) for m in members},
-        TAIL_AT_MOST,
         picture("per_class.png", "Recall of argmax f on test_balanced over class frequency."),
     )
     if len({m.pool_counts for m in members}) == 1:  # else head and tail are other classes

@@ -22,7 +22,7 @@ from longtail_experts.learning.metrics import (
     balanced_accuracy_standard_error,
     reliability,
 )
-from longtail_experts.tracking import figures, report
+from longtail_experts.tracking import charts, figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.logits import read_logits
@@ -30,6 +30,7 @@ from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import (
     Run,
     RunError,
+    address_of_picture,
     claimed,
     git_tags,
     launched_run,
@@ -42,6 +43,8 @@ SYNTHETIC_NOTICE = (
     "**Synthetic images.** This is a demonstration on generated pictures; its numbers say "
     "nothing about CIFAR-100 or any real data."
 )
+CURVES = "figures/learning_curves.png"
+PRIOR_OF = {"test_lt": "its own prior", "test_balanced": "the uniform prior"}
 MAX_LISTED = 30  # groups of identical images on a page; MLflow cuts long descriptions
 
 
@@ -100,8 +103,10 @@ def record_inputs(run: Run, config: Config, data: Dataset, num_parameters: int) 
     """Config, params, splits and data sets: all that is known before the first step."""
     run.describe(
         f"{notice(config)}Training under {config.loss}: figures by epoch are under Model metrics, "
-        "results appear here after calibration."
+        f"and beside those of other experts [here]({charts.link_to_curves(run)}); results appear "
+        "on this page after calibration."
     )
+    charts.offer_curves(run)
     run.write_text("config.yaml", config.to_yaml())
     record_splits(run, data)
     run.log_params(
@@ -162,6 +167,11 @@ def start_parent_run(config: Config, existing: Run | None = None) -> Iterator[Ru
 
 def record_parent_inputs(parent: Run, config: Config) -> None:
     parent.write_text("config.yaml", config.to_yaml())
+    parent.describe(
+        f"{notice(config)}Experts of every loss, one after another, as child runs: "
+        f"[learning curves]({charts.link_to_curves(parent)}). Results appear here at the end."
+    )
+    charts.offer_curves(parent)
 
 
 def children_of(parent: Run) -> dict[str, Run]:
@@ -295,13 +305,11 @@ def record_figures(
     prior: Tensor,
 ) -> None:
     """Learning curves, and reliability before and after the temperature (one, or one a row)."""
-    curves = ("train/loss", "val/balanced_accuracy", "val/head_accuracy", "val/tail_accuracy")
-    with run.artifact("figures/learning_curves.png") as path:
-        figures.learning_curves({name: run.history(name) for name in curves}, path)
+    record_curves(run, data)
     deployment = deployment_priors(data.targets_if_any("test_lt"), data.num_classes)
     after = f"T = {temperature:.2f}" if isinstance(temperature, float) else "T cross-fitted"
     panels = {
-        f"Reliability on {split}": {
+        f"{split} under {PRIOR_OF[split]}": {
             label: reliability(
                 deployment_scores(logits[split], t, log_offset, prior, q).softmax(1),
                 data.targets(split),
@@ -312,6 +320,18 @@ def record_figures(
     }
     with run.artifact("figures/reliability.png") as path:
         figures.reliability(panels, path)
+
+
+def record_curves(run: Run, data: Dataset) -> None:
+    num_images = {}
+    if "val_lt" in data.split_names:
+        targets = data.targets("val_lt")
+        num_images = {name: int(mask[targets].sum()) for name, mask in data.groups.items()}
+        num_images["balanced"] = len(targets)
+    curves = ["lr", "train/loss", *(f"val/{name}_accuracy" for name in num_images)]
+    histories = {name: run.history(name) for name in curves}
+    with run.artifact(CURVES) as path:
+        figures.learning_curves(histories, num_images, run.metrics.get("best/step"), path)
 
 
 def describe_trained(run: Run, config: Config) -> None:
@@ -346,43 +366,55 @@ def record_report(run: Run, data: Dataset, logits: Mapping[str, Tensor]) -> None
     metrics, config = run.metrics, recorded_config(run)
     checks = success_checklist(run, config, data, logits)
     balanced = metrics["test_balanced/balanced_accuracy"]
-    text = "\n\n".join(
-        [
-            f"{notice(config)}## {config.loss}: test_balanced balanced accuracy "
-            f"{100 * balanced:.2f} %",
-            accuracy_table(metrics, data, logits),
-            report.calibration_markdown(metrics) + approximation_notice(config.loss),
-            f"## Success checklist\n\n{report.checklist_markdown(checks)}",
-            f"## What was done\n\n{what_was_done(run, config, data)}",
-        ]
-    )
-    run.write_text("report.md", text + "\n")
-    run.describe(text)
+    result = [
+        f"{notice(config)}## {config.loss}: test_balanced balanced accuracy {100 * balanced:.2f} %",
+        accuracy_table(metrics, data, logits),
+        report.calibration_markdown(metrics) + approximation_notice(config.loss),
+    ]
+    rest = [
+        f"## Success checklist\n\n{report.checklist_markdown(checks)}",
+        f"## What was done\n\n{what_was_done(run, config, data)}",
+    ]
+    run.write_text("report.md", "\n\n".join([*result, *rest]) + "\n")
+    run.describe("\n\n".join([*result, curves_markdown(run), *rest]))
     run.set_tags({"calibrated": "true"})
     for check in checks:
         print(report.box(check))
+
+
+def curves_markdown(run: Run) -> str:
+    """The picture, and the way to the curves that can be zoomed."""
+    return (
+        f"![learning curves]({address_of_picture(run, CURVES)})\n\n"
+        f"[Learning curves of all experts]({charts.link_to_curves(run)}) · [figures]"
+        f"({link_to_artifact(run, 'figures')})"
+    )
 
 
 def accuracy_table(
     metrics: Mapping[str, float], data: Dataset, logits: Mapping[str, Tensor]
 ) -> str:
     """Accuracies of argmax f in percent, means over classes with their standard error and n."""
-    groups, rows = data.groups, []
+    groups, columns = data.groups, {}
     for split in ("test_balanced", "test_lt", "val_lt"):
         if split not in data.split_names:
             continue
         targets, predictions = data.targets(split), logits[split].argmax(1)
         values = accuracies(predictions, targets, groups, data.num_classes)
-        row = [split, report.percent(values["accuracy"])]
+        cells = columns[split] = []
         for name in ("balanced", *groups):
             mask = groups.get(name, torch.ones(data.num_classes, dtype=torch.bool))
             value, n = values.get(f"{name}_accuracy"), int(mask[targets].sum())
             error = balanced_accuracy_standard_error(predictions, targets, data.num_classes, mask)
-            row.append("-" if value is None else report.with_error(value, error, n))
-        row.append(report.percent(metrics.get(f"{split}/adjusted_balanced_accuracy")))
-        rows.append(row)
-    header = ("accuracy, %", "overall", "balanced", *groups, "adjusted balanced")
-    return f"{report.table(header, rows)}\n\nMeans over classes ± standard error (n images)."
+            cells.append("-" if value is None else report.with_error(value, error, n))
+        cells.append(report.percent(values["accuracy"]))
+        cells.append(report.percent(metrics.get(f"{split}/adjusted_balanced_accuracy")))
+    names = ("balanced", *groups, "overall", "adjusted balanced")
+    rows = [[name, *cells] for name, *cells in zip(names, *columns.values(), strict=True)]
+    return (
+        f"{report.table(('accuracy, %', *columns), rows)}\n\n"
+        "Means over classes ± standard error (n images); overall: over images."
+    )
 
 
 def success_checklist(
@@ -452,11 +484,17 @@ def what_was_done(run: Run, config: Config, data: Dataset) -> str:
             f"`{data.splits.sha256[:12]}` ({sizes}); "
             f"{data.manifest['num_identical_groups']} groups of identical pixels, see "
             "splits/manifest.json",
-            f"- on {tags.get('device')}, {tags.get('precision')}; commit "
-            f"`{tags.get('git.commit', 'unknown')[:12]}`"
-            f"{' with uncommitted changes' if tags.get('git.dirty') == 'true' else ''}",
+            machine_and_commit(tags),
             f"- to repeat: `{repeat_command(config)}`",
         ]
+    )
+
+
+def machine_and_commit(tags: Mapping[str, str]) -> str:
+    return (
+        f"- on {tags.get('device')}, {tags.get('precision')}; commit "
+        f"`{tags.get('git.commit', 'unknown')[:12]}`"
+        f"{' with uncommitted changes' if tags.get('git.dirty') == 'true' else ''}"
     )
 
 
@@ -492,11 +530,16 @@ def describe_parent(
     for loss, reason in failures.items():
         rows.append([f"{loss}: FAILED ({reason.replace('|', '/')})", *["-"] * 9])
     header = ("test_balanced, %", *report.ACCURACIES, "T")
-    text = f"{notice(config)}{report.table(header, rows)}"
+    parts = [f"{notice(config)}{report.table(header, rows)}"]
     if len(children) > 1 and "compare" not in failures:
         page = link_to_artifact(parent, "comparison/index.html")
-        text += f"\n\n[The experts compared, and their ensembles, with figures]({page})"
-    parent.describe(text)
+        parts.append(f"[The experts compared, and their ensembles, with figures]({page})")
+    parts.append(f"[Learning curves of all experts]({charts.link_to_curves(parent)})")
+    parts.append(f"## What was done\n\n{machine_and_commit(parent.tags)}")
+    for run_id in list(children.values())[:1]:
+        parts[-1] += f"\n- splits `{Run(run_id).params['splits_sha256'][:12]}`"
+    parts[-1] += f"\n- to repeat: `{repeat_command(config)}`"
+    parent.describe("\n\n".join(parts))
 
 
 def split_table(data: Dataset) -> str:

@@ -1,6 +1,8 @@
 """The success checklist, and the words of report.md and of run descriptions."""
 
+import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -92,6 +94,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def with_air(markdown: str) -> str:
+    """Space before the cells of tables: `mlflow ui` draws descriptions without any."""
+    return "\n".join(
+        line.replace(" | ", " | &emsp;") if line.startswith("| ") and "| ---" not in line else line
+        for line in markdown.split("\n")
+    )
+
+
+def plain(text: str) -> str:
+    """Text of whoever named a run, as itself: no cell, link, picture or tag begins in it."""
+    one_line = " ".join(text.split()).replace("|", "/")
+    return re.sub(r"([\\`*\[\]!])", r"\\\1", html.escape(one_line, quote=False))
+
+
 def accuracy_row(metrics: Mapping[str, float], split: str) -> list[str]:
     """Cells of ACCURACIES, percent, for one split of a run's metrics."""
     keys = ["accuracy", *(f"{n.replace(' ', '_')}_accuracy" for n in ACCURACIES[1:])]
@@ -133,6 +149,6 @@ def fitting(parts: Sequence[str], more: str) -> str:
     """As many whole parts, from the first on, as MLflow keeps of a description; then `more`
     where some are left out."""
     kept = list(parts)
-    while len("\n\n".join([*kept, more])) > LONGEST_DESCRIPTION:
+    while len(with_air("\n\n".join([*kept, more]))) > LONGEST_DESCRIPTION:
         kept.pop()
     return "\n\n".join(kept if len(kept) == len(parts) else [*kept, more])

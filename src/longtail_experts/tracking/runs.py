@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import quote, urlparse
 from urllib.request import url2pathname
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -35,6 +35,7 @@ from mlflow.exceptions import MlflowException
 
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.patience import PatientClient, patience, patiently
+from longtail_experts.tracking.report import plain, with_air
 
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -46,6 +47,7 @@ SAMPLING_INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 KILLED_PATIENCE = 3.0  # seconds that a run told to stop waits for its store
 MAX_TEXT = 100_000_000  # bytes of a JSON, YAML or Markdown artifact that is read back
 RACES = 20  # of two runs that record the same data set at once; one a data set is lost at most
+NOTE = "mlflow.note.content"
 BATCH = 1000  # what one log_batch call may hold
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # as MLflow names a run by itself
 
@@ -97,7 +99,7 @@ class Run:
         client.log_artifact(self.run_id, str(local), folder)
 
     def describe(self, markdown: str) -> None:
-        self.client.set_tag(self.run_id, "mlflow.note.content", markdown)
+        self.client.set_tag(self.run_id, NOTE, with_air(markdown))
 
     def rename(self, name: str) -> None:
         self.client.update_run(self.run_id, name=name)
@@ -174,6 +176,11 @@ class Run:
         """From its start to its end; nan while it runs."""
         info = self.client.get_run(self.run_id).info
         return (info.end_time - info.start_time) / 1000 if info.end_time else math.nan
+
+    @property
+    def started_at(self) -> int:
+        """Milliseconds since 1970."""
+        return self.client.get_run(self.run_id).info.start_time
 
     @property
     def experiment_id(self) -> str:
@@ -361,6 +368,31 @@ def launched_run(name: str, tags: Mapping[str, str]) -> AbstractContextManager[R
     return start_run(name, tags) if launched_run_id() else nullcontext()
 
 
+def note_failure(reason: str) -> None:
+    """On the run that `mlflow run` has created, and ends as FAILED: why.
+
+    For what fails before there is anything to read on the run's page; a page that says something
+    is left alone. The terminal has the reason as well: a store that does not answer is no matter.
+    """
+    run_id = launched_run_id()
+    if run_id is None:
+        return
+    try:
+        client = mlflow.MlflowClient()
+        run = client.get_run(run_id)
+        tags = run.data.tags
+        if NOTE in tags:
+            return
+        how = "Failed" if "stage" in tags else "Not started"
+        client.set_tag(run_id, NOTE, f"**{how}.** {plain(reason)}")
+        if "stage" not in tags:
+            client.set_tag(run_id, "stage", "refused")
+            if GENERATED_NAME.fullmatch(run.info.run_name):
+                client.update_run(run_id, name="refused")
+    except Exception as error:
+        log.debug("run %s: no note could be left (%s)", run_id, first_line(error))
+
+
 def link_to(run: Run) -> str:
     """Where `mlflow ui` shows the run, relative to the address that it prints."""
     return f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
@@ -368,6 +400,11 @@ def link_to(run: Run) -> str:
 
 def link_to_artifact(run: Run, path: str) -> str:
     return f"{link_to(run)}/artifacts/{path}"
+
+
+def address_of_picture(run: Run, path: str) -> str:
+    """Where its server gives the artifact to a description, relative to the address of the page."""
+    return f"get-artifact?path={quote(path, safe='')}&run_uuid={run.run_id}"
 
 
 def local_folder_of(root: str) -> Path | None:
