@@ -90,18 +90,20 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
         return _dispatch(arguments)
-    except KeyboardInterrupt as stop:
-        print("interrupted", stop, file=sys.stderr)
-        return 130
-    except Terminated as stop:
-        print("terminated", stop, file=sys.stderr)
-        return 143
+    except (KeyboardInterrupt, Terminated) as stop:
+        is_interrupt = isinstance(stop, KeyboardInterrupt)
+        print("interrupted" if is_interrupt else "terminated", stop, file=sys.stderr)
+        if "MLFLOW_RUN_ID" in os.environ:  # which whoever opens that run takes away
+            from longtail_experts.tracking.runs import end_unopened_run
+
+            end_unopened_run()
+        return 130 if is_interrupt else 143
     except ConfigError as error:
         return _complain(error, 2)
 
 
 def _complain(error: Exception, code: int) -> int:
-    says = " ".join(str(error).split())
+    says = shorten(" ".join(str(error).split()), 1000)
     print("error:", says, file=sys.stderr)
     if "MLFLOW_RUN_ID" in os.environ:  # the launcher's run, which has nothing on its page yet
         from longtail_experts.tracking.runs import note_failure

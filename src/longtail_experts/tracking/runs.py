@@ -327,6 +327,14 @@ def _end(run: Run, status: str) -> None:
         )
 
 
+def end_unopened_run() -> None:
+    """KILLED for the run that `mlflow run` has created for this process, where the process is told
+    to stop before it has opened it: the launcher may be gone, and would leave it RUNNING."""
+    run_id = launched_run_id()
+    if run_id is not None and Run(run_id).status == "RUNNING":
+        _end(Run(run_id), "KILLED")
+
+
 @contextmanager
 def _first_contact(uri: str) -> Iterator[None]:
     """One process of this host at a time: MLflow creates its tables, and an experiment, without
