@@ -1,5 +1,6 @@
 """After the README's main job: the runs that plain `mlflow ui` in this folder would show."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,19 @@ if real:
         and sum(name.endswith(".pth") for name in files) == 6
     )
 stages = {run.data.tags["stage"] for run in runs}
-checks["preflight and compare left their runs"] = {"preflight", "compare"} <= stages
+checks["preflight, sweep and compare left their runs"] = {"preflight", "sweep", "compare"} <= stages
+(sweep,) = [run for run in runs if run.data.tags["stage"] == "sweep"]
+trials = json.loads(Path(client.download_artifacts(sweep.info.run_id, "trials.json")).read_text())
+checks["four trials of the sweep are finished experts"] = len(trials) == 4 and {
+    trial["run_id"] for trial in trials
+} <= {run.info.run_id for run in experts}
+command = ["mlflow", "run", ".", "--env-manager", "local", "-e", "compare"]
+command += ["-P", f"sweep={sweep.info.run_id}"]
+checks["compare -P sweep= tabulates them"] = subprocess.run(command, check=False).returncode == 0
+command = ["python", "-m", "longtail_experts", "results", "--sweeps", sweep.info.run_id]
+command += ["--out", "outputs/results.md"]
+done = subprocess.run(command, check=False).returncode == 0
+checks["results writes its page"] = done and "± " in Path("outputs/results.md").read_text()
 for run in runs:
     if run.data.tags["stage"] == "all":
         page = client.download_artifacts(run.info.run_id, "comparison/index.html")

@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Before torch is imported: a process a core (pyproject.toml), and a thread a process, here and in
+# the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LONGTAIL_OFFLINE"] = "1"
 os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"  # other figures are looked at here
 

@@ -32,7 +32,9 @@ ENTRY_POINTS = {
     "train": "train one expert; calibrate does the rest, on any later day",
     "calibrate": "temperature, test figures, logits and model, into the training run run_id",
     "export": "write the files that AR-GSE reads, from one run of each loss",
-    "compare": "table and figures across finished experts, and their ensembles",
+    "compare": "table and figures across finished experts, and their ensembles; or of a sweep, "
+    "means with intervals",
+    "results": "a page of sweeps for people, with figures: means, intervals, published figures",
     "sweep": "a grid of experts from one file, run by Ray here or on a cluster; what the store has "
     "is not repeated, and the same command goes on with what was cut off",
     "reap": "mark runs as FAILED whose process is gone, after delivering what they left behind",
@@ -48,6 +50,12 @@ OWN_PARAMETERS = {
         "deployment": "class prior to which all scores are converted: uniform (test_balanced), or "
         "test_lt (that split's own frequencies)",
         "different_splits": "true: tabulate even experts of different splits",
+        "sweep": "a sweep's run, instead of all that: means over its seeds with intervals, and "
+        "paired differences from cross-entropy",
+    },
+    "results": {
+        "sweeps": "the sweeps' runs: a,b",
+        "out": "the page to write, as docs/results.md; its figures go beside it",
     },
     "sweep": {
         "sweep": "a sweep file: path, or name in configs/sweeps/ (config, fixed, grid: {field: "
@@ -82,18 +90,20 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
         return _dispatch(arguments)
-    except KeyboardInterrupt as stop:
-        print("interrupted", stop, file=sys.stderr)
-        return 130
-    except Terminated as stop:
-        print("terminated", stop, file=sys.stderr)
-        return 143
+    except (KeyboardInterrupt, Terminated) as stop:
+        is_interrupt = isinstance(stop, KeyboardInterrupt)
+        print("interrupted" if is_interrupt else "terminated", stop, file=sys.stderr)
+        if "MLFLOW_RUN_ID" in os.environ:  # which whoever opens that run takes away
+            from longtail_experts.tracking.runs import end_unopened_run
+
+            end_unopened_run()
+        return 130 if is_interrupt else 143
     except ConfigError as error:
         return _complain(error, 2)
 
 
 def _complain(error: Exception, code: int) -> int:
-    says = " ".join(str(error).split())
+    says = shorten(" ".join(str(error).split()), 1000)
     print("error:", says, file=sys.stderr)
     if "MLFLOW_RUN_ID" in os.environ:  # the launcher's run, which has nothing on its page yet
         from longtail_experts.tracking.runs import note_failure
@@ -339,8 +349,15 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
         elif entry_point == "compare":
             from longtail_experts.stages import compare
 
-            choice, deployment, different_splits = _comparison(given)
-            print(f"run {compare.run(choice, deployment, different_splits)} FINISHED")
+            if sweep_id := _swept(given):
+                run_id = compare.run_study(sweep_id)
+            else:
+                run_id = compare.run(*_comparison(given))
+            print(f"run {run_id} FINISHED")
+        elif entry_point == "results":
+            from longtail_experts.stages import results
+
+            results.run(_ids(given["sweeps"], "sweeps"), Path(given["out"]))
         elif entry_point == "reap":
             from longtail_experts.stages import reap
 
@@ -354,6 +371,15 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
     except (RunError, DataError) as error:
         return _complain(error, 2)
     return 0
+
+
+def _swept(given: dict[str, str]) -> str | None:
+    """The sweep to be studied, where one is given, and then nothing else."""
+    given = {name: value for name, value in given.items() if value != "none"}
+    sweep_id = given.pop("sweep", None)
+    if sweep_id is not None and given:
+        raise ConfigError(f"sweep together with {next(iter(given))}: give one of them")
+    return sweep_id
 
 
 def _comparison(given: dict[str, str]) -> tuple[Any, str, bool]:
@@ -386,8 +412,8 @@ def _comparison(given: dict[str, str]) -> tuple[Any, str, bool]:
     return choice, deployment, different == "true"
 
 
-def _ids(text: str) -> list[str]:
+def _ids(text: str, name: str = "run_ids") -> list[str]:
     ids = [part.strip() for part in text.split(",") if part.strip()]
     if not ids:
-        raise ConfigError(f"run_ids={shorten(text)!r}: give run ids, as in a,b,c")
+        raise ConfigError(f"{name}={shorten(text)!r}: give run ids, as in a,b,c")
     return ids

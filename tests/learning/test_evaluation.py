@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from longtail_experts.learning.evaluation import (
     deployment_priors,
     evaluate,
     label_frequencies,
+    posthoc_accuracies,
     prior_weighted_accuracy,
 )
 
@@ -171,3 +174,45 @@ def test_deployment_priors():
     assert priors["test_lt"].tolist() == [0.75, 0, 0.25, 0]
     assert priors["test_balanced"].tolist() == [0.25] * 4
     assert {q.dtype for q in priors.values()} == {torch.float64}
+
+
+def posthoc(logits, targets, temperature, offset, *taus):
+    return posthoc_accuracies(
+        torch.tensor(logits),
+        torch.tensor(targets),
+        temperature=temperature,
+        log_offset=torch.tensor(offset),
+        prior=torch.tensor(PRIOR),
+        groups=GROUPS,
+        taus=taus,
+    )
+
+
+@pytest.mark.parametrize("offset", [np.zeros(CLASSES), np.log(PRIOR)], ids=["none", "log_prior"])
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 1.75])
+def test_posthoc_adjustment_is_that_of_menon_image_by_image(offset, tau):
+    """The class whose calibrated posterior over pi^tau is largest."""
+    logits, targets = random_case(3)
+    hits = np.zeros(CLASSES)
+    for f, target in zip(logits.astype(np.float64), targets, strict=True):
+        p = [math.exp(f[c] / 1.7) * math.exp(offset[c]) for c in range(CLASSES)]
+        best = max(range(CLASSES), key=lambda c: p[c] / PRIOR[c] ** tau)
+        hits[target] += best == target
+    recall = hits / np.bincount(targets, minlength=CLASSES)
+    found = posthoc(logits, targets, 1.7, offset, tau)[tau]
+    assert found["balanced_accuracy"] == pytest.approx(recall.mean())
+    assert found["head_accuracy"] == pytest.approx(recall[:3].mean())
+    assert found["tail_accuracy"] == pytest.approx(recall[3:].mean())
+    assert "few_accuracy" not in found
+
+
+def test_posthoc_adjustment_at_tau_one_is_the_uniform_prior_and_at_zero_the_training_prior():
+    logits, targets = random_case(4)
+    offset = 0.5 * np.log(PRIOR)
+    found = posthoc(logits, targets, 2.0, offset, 0.0, 1.0)
+    for tau, q in ((1.0, np.full(CLASSES, 1 / CLASSES)), (0.0, PRIOR)):
+        values = evaluated(logits, targets, 2.0, offset, q)
+        assert found[tau]["balanced_accuracy"] == values["adjusted_balanced_accuracy"]
+        assert found[tau]["accuracy"] == values["adjusted_accuracy"]
+    assert found[0.0] != found[1.0]
+    assert found[1.0]["tail_accuracy"] > found[0.0]["tail_accuracy"]

@@ -24,6 +24,8 @@ PROCESSES.set_forkserver_preload(
         "torch._dynamo",  # which the first optimiser imports
     ]
 )
+# Seconds until a test is taken to hang: a matter of the machine, never a claim about ours.
+PATIENCE = float(os.environ.get("LONGTAIL_TEST_PATIENCE", "300"))
 TIMED = {"train/images_per_second"}  # the one metric that differs between equal runs
 
 
@@ -59,7 +61,7 @@ class Training:
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.kill(self.process.pid, number)
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code (negative: the signal that ended it)."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -72,7 +74,7 @@ class Training:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 300, what: str = "") -> None:
+def wait_until(condition: Callable[[], object], seconds: float = PATIENCE, what: str = "") -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"

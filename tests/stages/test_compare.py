@@ -9,18 +9,20 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from fake_trials import add_sweep, add_trial
 from mlflow import MlflowClient
 from scipy.special import log_softmax, logsumexp
 from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
+from longtail_experts.config import make_config
 from longtail_experts.tracking import comparison, comparison_figures
 from longtail_experts.tracking.comparison import distinct_labels
 from longtail_experts.tracking.runs import RunError
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
-FIGURES = {"per_class", "head_tail", "reliability", "pairs", "ensemble"}
+FIGURES = {"per_class", "head_tail", "posthoc", "reliability", "pairs", "ensemble"}
 
 
 def read(run_id: str, path: str) -> str:
@@ -113,6 +115,21 @@ def test_differences_are_listed_and_equal_settings_are_not(experts_copy):
     assert "| expert_seed |" in part
     assert "| lr |" not in part
     assert "| loss |" not in part
+
+
+def test_posthoc_adjustment_is_shown_over_all_tau_and_none_is_chosen(experts_copy):
+    assert main(["compare"]) == 0
+    text = read(newest_comparison().info.run_id, "report.md")
+    part = text.split("### Post-hoc logit adjustment")[1].split("###")[0]
+    assert "| tau | 0 | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | 2 |" in part
+    assert "No tau is selected" in part
+    assert "**" not in part
+    for loss in LOSSES:
+        metrics = MlflowClient().get_run(experts_copy[loss]).data.metrics
+        (line,) = re.findall(rf"^\| {loss}: balanced, % \|(.*)\|$", part, flags=re.M)
+        at_one = float(line.split("|")[4])
+        recorded = metrics["test_balanced/adjusted_balanced_accuracy"]
+        assert at_one == pytest.approx(100 * recorded, abs=0.005)
 
 
 def test_one_expert_alone_has_no_ensemble(experts_copy):
@@ -220,7 +237,7 @@ def test_experts_of_other_groups_are_still_tabulated(altered_splits, monkeypatch
     assert main(["compare", "--different_splits", "true"]) == 0
     run_id = newest_comparison().info.run_id
     drawn = {f.path for f in MlflowClient().list_artifacts(run_id, "comparison/figures")}
-    assert drawn == {"comparison/figures/per_class.png"}
+    assert drawn == {"comparison/figures/per_class.png", "comparison/figures/posthoc.png"}
     (line,) = re.findall(r"^\| test_balanced: tail, % \|(.*)\|$", read(run_id, "report.md"), re.M)
     assert line.split("|")[0].strip() == "-"
 
@@ -251,6 +268,9 @@ def all_runs() -> list:
         (["--tags", "expert=none_such"], "no calibrated expert is in the experiment with these"),
         (["--deployment", "train"], "deployment='train': give one of uniform, test_lt"),
         (["--different_splits", "yes"], "different_splits='yes': give true or false"),
+        (["--sweep", "CE"], "none of its 0 child runs is a calibrated expert"),
+        (["--sweep", "nonsense"], "run_id=nonsense: not found"),
+        (["--sweep", "PARENT", "--last", "2"], "sweep together with last: give one of them"),
         (["--experiment", "elsewhere"], "experiment=elsewhere: not in the store; there are:"),
     ],
 )
@@ -264,12 +284,35 @@ def test_what_cannot_be_compared_is_said_in_one_line(experts_copy, arguments, sa
     assert len(all_runs()) == before
 
 
+def labels(*names: tuple[str, str, str]) -> list[str]:
+    return distinct_labels(names, [letter * 32 for letter in "abcdef"[: len(names)]])
+
+
 def test_labels_are_distinct_and_no_longer_than_needed():
-    ids = ["a" * 32, "b" * 32, "c" * 32]
-    assert distinct_labels([("ce", "0"), ("logit_adjust", "0")], ids[:2]) == ["ce", "logit_adjust"]
-    assert distinct_labels([("ce", "0"), ("ce", "1")], ids[:2]) == ["ce seed 0", "ce seed 1"]
-    labels = distinct_labels([("ce", "0"), ("ce", "0"), ("ce", "1")], ids)
-    assert labels == ["ce aaaaaa", "ce bbbbbb", "ce seed 1"]
+    assert labels(("ce", "", "0"), ("logit_adjust", "1", "0")) == ["ce", "logit_adjust"]
+    assert labels(("ce", "", "0"), ("ce", "", "1")) == ["ce seed 0", "ce seed 1"]
+    same = labels(("ce", "", "0"), ("ce", "", "0"), ("ce", "", "1"))
+    assert same == ["ce aaaaaa", "ce bbbbbb", "ce seed 1"]
+
+
+def test_a_family_by_tau_is_labelled_by_it():
+    family = [("logit_adjust", tau, "0") for tau in ("0", "1", "2")]
+    told = ["logit_adjust tau 0", "logit_adjust tau 1", "logit_adjust tau 2"]
+    assert labels(*family) == told
+    assert labels(*family, ("ce", "", "0")) == [*told, "ce"]
+    twice = labels(*family, ("logit_adjust", "1", "1"), ("logit_adjust", "2", "0"))
+    assert twice == [
+        "logit_adjust tau 0",
+        "logit_adjust tau 1 seed 0",
+        "logit_adjust tau 2 cccccc",
+        "logit_adjust tau 1 seed 1",
+        "logit_adjust tau 2 eeeeee",
+    ]
+
+
+@pytest.mark.parametrize(("loss", "tau"), [("ce", ""), ("logit_adjust", "0.5")])
+def test_only_a_loss_that_has_a_tau_is_labelled_by_it(loss, tau):
+    assert comparison.tau_of(make_config({"loss": loss, "tau": "0.50"})) == tau
 
 
 def test_names_from_elsewhere_cannot_break_out_of_the_page(experts_copy):
@@ -295,3 +338,48 @@ def test_every_expert_that_fits_a_comparison_can_be_told_apart():
 def test_more_than_can_be_told_apart_is_refused():
     with pytest.raises(RunError, match="as in last=28"):
         comparison.read_members([None] * 29)
+
+
+# --- a sweep ----------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_studied_whatever_its_size(store, capsys):
+    """As many as would not fit a comparison, and no logits to read."""
+    sweep = add_sweep(store)
+    for loss, value in (("ce", 0.35), ("logit_adjust", 0.40)):
+        for seed in range(comparison.MOST // 2 + 1):
+            metrics = {
+                "test_balanced/balanced_accuracy": value + seed / 1000,
+                "test_balanced/ece": 0.03,
+                "temperature": 2.0,
+            }
+            add_trial(store, sweep, metrics, loss=loss, seed=seed)
+    assert main(["compare", "--sweep", sweep, "--run_ids", "none"]) == 0
+    run = newest_comparison()
+    files = {f.path for f in MlflowClient().list_artifacts(run.info.run_id, "study")}
+    names = {"report.md", "table.tex", "table.csv", "runs.csv", "intervals.png", "index.html"}
+    assert files == {f"study/{name}" for name in names}
+    assert run.data.tags["sweep"] == sweep
+    assert run.info.status == "FINISHED"
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("### Accuracy on test_balanced, training noise only")
+    assert "| logit_adjust | 15 | 40.70 ± 0.25 |" in note  # t(14) s / sqrt(15), s = sqrt(20) / 10
+    assert "| logit_adjust | 15 | **+5.00 ± 0.00** |" in note
+    assert f"/runs/{run.info.run_id}/artifacts/study/index.html" in note
+    path = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id, artifact_path="study/report.md"
+    )
+    assert Path(path).read_text() in capsys.readouterr().out
+
+
+def test_the_parent_of_loss_all_can_be_studied_too(experts_copy):
+    assert main(["compare", "--sweep", experts_copy["all"]]) == 0
+    run = newest_comparison()
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="study")
+    rows = list(csv.DictReader((Path(path) / "runs.csv").open()))
+    assert {row["run_id"] for row in rows} == {experts_copy[loss] for loss in LOSSES}
+    assert [row["group"] for row in rows] == list(LOSSES)
+    for row in rows:
+        metrics = MlflowClient().get_run(row["run_id"]).data.metrics
+        balanced = "test_balanced/balanced_accuracy"
+        assert float(row[f"metrics.{balanced}"]) == metrics[balanced]

@@ -13,6 +13,8 @@ from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
 from longtail_experts.learning.calibration import cross_fit_temperature, deployment_scores
 from longtail_experts.learning.metrics import expected_calibration_error, nll_per_image
+from longtail_experts.tracking import comparison
+from longtail_experts.tracking.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +105,17 @@ def test_it_is_kept_out_of_the_export(here, capfd):
     assert not Path("argse").exists()
 
 
-def test_experts_of_it_are_compared(here, tmp_path, monkeypatch):
+def test_experts_of_it_are_compared_by_scores_that_have_not_seen_their_rows(here):
     ids = ",".join(here[loss].info.run_id for loss in ("ce", "ldam_drw"))
     assert main(["compare", "--run_ids", ids]) == 0
     assert main(["compare", "--run_ids", ids, "--deployment", "test_lt"]) == 2
+    members = comparison.read_members([Run(here[loss].info.run_id) for loss in ("ce", "ldam_drw")])
+    result = comparison.together(members, "uniform")
+    for member in members:
+        nll = member.metrics["test_balanced/nll"]
+        assert result.metrics[member.label]["nll"] == pytest.approx(nll, rel=1e-12)
+        at_one = comparison.posthoc_of(member)[1.0]["balanced_accuracy"]
+        assert at_one == member.metrics["test_balanced/adjusted_balanced_accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,21 @@
 
 import json
 import math
+import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 import yaml
 from conftest import use_store
@@ -18,6 +27,8 @@ from longtail_experts.cli import main
 from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError
 from longtail_experts.stages.grid import MOST_TRIALS, points_of, read_sweep
 
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+os.environ[LOOPBACK] = "0"  # Ray's name for: no other device than the loopback one
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
 
@@ -39,6 +50,14 @@ def test_trials_are_the_product_of_the_grid(tmp_path):
     assert found == list(product(["ce", "logit_adjust"], [0, 1.5], [(3, 5), ()]))
     assert {(p.config.epochs, p.config.lr) for p in points} == {(7, 0.3)}
     assert points[-1].fields == {"loss": "logit_adjust", "tau": "1.5", "milestones": "none"}
+
+
+def test_a_grid_may_vary_the_recipe(tmp_path):
+    file = write(tmp_path, fixed={"lr": 0.2}, grid={"config": ["demo", "cifar100_lt"]})
+    points = points_of(read_sweep(file, {}))
+    assert [p.config.source for p in points] == ["synthetic", "cifar100"]
+    assert [p.config.lr for p in points] == [0.2, 0.2]
+    assert [p.label for p in points] == ["config=demo", "config=cifar100_lt"]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +84,7 @@ def test_trials_are_the_product_of_the_grid(tmp_path):
         ({"grid": {"seed": [0]}, "trials_at_once": 0}, {}, "trials_at_once=0: "),
         ({"grid": {"seed": [0]}, "cpus_per_trial": True}, {}, "cpus_per_trial=true: "),
         ({"grid": {"seed": [0]}, "gpus_per_trial": -1}, {}, "gpus_per_trial=-1: "),
-        ({"grid": {"seed": [0]}, "gpus_per_trial": 1.5}, {}, "gpus_per_trial=1.5: "),
+        ({"grid": {"seed": [0]}, "gpus_per_trial": 1.5}, {}, "gpus_per_trial=1.5: must be whole"),
         ({"grid": {"seed": [0]}, "config": "nosuch"}, {}, "config=nosuch: no such file"),
         (
             {"grid": {"seed": list(range(101)), "split_seed": list(range(100))}},
@@ -303,7 +322,7 @@ def is_training(folder: Path, number: int) -> bool:
 @needs_ray
 @pytest.mark.slow
 def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
-    fixed = {**fields_of(tiny_arguments), "epochs": 60, "preflight": False}
+    fixed = {**fields_of(tiny_arguments), "epochs": 30, "preflight": False}
     arguments = ["sweep", "--sweep", write(store, fixed=fixed, grid={"seed": [0, 1]})]
 
     sweep = Training(store, arguments)
@@ -333,3 +352,96 @@ def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
     assert {run.data.tags["resumed"] for run in runs("main")} == {"2"}
     trials = trials_of(parent.info.run_id).values()
     assert {trial["run_id"] for trial in trials} == children
+
+
+# --- a cluster --------------------------------------------------------------------------------
+
+
+# `ray start` puts the host's address in place of the loopback one, and listens on all devices.
+LOOPBACK_RAY = """
+from ray._private import services
+services.resolve_ip_for_localhost = lambda host: host
+from ray.scripts.scripts import main
+main()
+"""
+
+
+@contextmanager
+def ray_node(name: str, *options: str, **environment: str) -> Iterator[subprocess.Popen]:
+    """One node with one core on 127.0.0.1; ended with everything that it started."""
+    place = tempfile.mkdtemp(prefix=f"ray{name}", dir="/tmp")  # sockets need a short path
+    command = [
+        *(sys.executable, "-c", LOOPBACK_RAY, "start", "--block", "--num-cpus=1"),
+        *("--node-ip-address=127.0.0.1", "--disable-usage-stats", "--num-gpus=0"),
+        *("--object-store-memory=100000000", f"--temp-dir={place}", *options),
+    ]
+    log = Path(place) / "start.log"
+    environment = {**os.environ, **environment}
+    del environment[LOOPBACK]  # with it, no second node may join
+    with log.open("wb") as output:
+        node = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        wait_until(
+            lambda: b"runtime started" in log.read_bytes() or node.poll() is not None, what="a node"
+        )
+        assert node.poll() is None, log.read_text()
+        yield node
+    finally:
+        kill_with_children(node)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def kill_with_children(node: subprocess.Popen) -> None:
+    """SIGKILL to a node's raylet, its workers, and all else that it started."""
+    if node.poll() is None:
+        family = psutil.Process(node.pid).children(recursive=True)
+        for process in [node, *family]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, 30)
+    node.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_node_finishes_every_trial(store, tiny_arguments):
+    """Two nodes joined by address; one is killed with the trial that it runs."""
+    fixed = {**fields_of(tiny_arguments), "epochs": 30, "preflight": False}
+    file = write(store, fixed=fixed, grid={"seed": [0, 1, 2]})
+    address = f"127.0.0.1:{free_port()}"
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex()}
+    with ExitStack() as stack:
+        head = [f"--port={address.split(':')[1]}", "--head", "--include-dashboard=false"]
+        stack.enter_context(ray_node("h", *head, **secret))
+        second = stack.enter_context(ray_node("s", f"--address={address}", **secret))
+
+        sweep = Training(store, ["sweep", "--sweep", file, "--address", address], **secret)
+        wait_until(
+            lambda: is_training(store, 2) or sweep.process.exitcode is not None,
+            what="a trial trains on each node",
+        )
+        assert sweep.process.exitcode is None, sweep.output
+        theirs = {str(p.pid) for p in psutil.Process(second.pid).children(recursive=True)}
+        running = [run for run in runs("main") if run.info.status == "RUNNING"]
+        lost = [run for run in running if run.data.tags["pid"] in theirs]
+        assert (len(running), len(lost)) == (2, 1)
+        kill_with_children(second)
+        assert sweep.wait() == 0, sweep.output
+
+    assert "its worker was lost" in sweep.output
+    (parent,) = runs("sweep")
+    assert parent.info.status == "FINISHED"
+    trials = trials_of(parent.info.run_id).values()
+    assert [trial["state"] for trial in trials] == ["finished"] * 3
+    experts = {run.info.run_id: run for run in runs("main")}
+    assert {trial["run_id"] for trial in trials} == set(experts)
+    assert {run.info.status for run in experts.values()} == {"FINISHED"}
+    assert all(run.data.tags["calibrated"] == "true" for run in experts.values())
+    resumed = {run_id for run_id, run in experts.items() if "resumed" in run.data.tags}
+    assert resumed == {lost[0].info.run_id}

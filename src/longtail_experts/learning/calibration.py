@@ -47,6 +47,17 @@ def deployment_scores(
     )
 
 
+def posthoc_scores(
+    logits: Tensor, temperature: float | Tensor, log_offset: Tensor, prior: Tensor, tau: float
+) -> Tensor:
+    """f / T + log_offset - tau log prior, float64 [N, C]: post-hoc logit adjustment.
+
+    Menon et al., *Long-tail learning via logit adjustment* (ICLR 2021), section 4.1, eq. 9, of
+    calibrated scores. tau 0 is the posterior under the training prior, tau 1 under the uniform.
+    """
+    return scores(logits, temperature, log_offset) - tau * prior.double().log()
+
+
 def slope_per_image(logits: Tensor, targets: Tensor, log_offset: Tensor, log_t: float) -> Tensor:
     """d NLL_i / d log T, float64 [N]: (f_target - E_p[f]) / T with p = softmax(f / T + offset)."""
     logits = logits.double()
@@ -106,8 +117,14 @@ def cross_fit_temperature(
     half = stratified_halves(targets, seed)
     fits = [minimise_nll(logits[half == h], targets[half == h], log_offset) for h in (0, 1)]
     halves = (fits[0][0], fits[1][0])
-    per_row = torch.tensor(halves, dtype=torch.float64)[1 - half][:, None]
-    return CrossFit(halves, per_row, any(at_bound for _, at_bound in fits))
+    at_bound = any(at_bound for _, at_bound in fits)
+    return CrossFit(halves, of_the_other_half(halves, targets, seed), at_bound)
+
+
+def of_the_other_half(halves: tuple[float, float], targets: Tensor, seed: int) -> Tensor:
+    """float64 [N, 1]: for each row the T of the half that it is not in."""
+    half = stratified_halves(targets, seed)
+    return torch.tensor(halves, dtype=torch.float64)[1 - half][:, None]
 
 
 def stratified_halves(targets: Tensor, seed: int) -> Tensor:

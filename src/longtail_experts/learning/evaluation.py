@@ -1,11 +1,11 @@
 """Every figure of one expert on one test split, out of its logits."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from longtail_experts.learning.calibration import deployment_scores
+from longtail_experts.learning.calibration import deployment_scores, posthoc_scores
 from longtail_experts.learning.metrics import (
     accuracies,
     mean_over,
@@ -50,6 +50,24 @@ def evaluate_scores(
     """Accuracies of the argmax, nll, brier and ece of log-posterior scores [N, C], as they are."""
     values = accuracies(scores.argmax(1), targets, groups, scores.shape[1])
     return values | proper_scores(scores, targets, groups["head"])
+
+
+def posthoc_accuracies(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor,
+    log_offset: Tensor,
+    prior: Tensor,
+    groups: Mapping[str, Tensor],
+    taus: Iterable[float],
+) -> dict[float, dict[str, float]]:
+    """tau -> accuracies of the argmax of `posthoc_scores`; shapes as in `evaluate`."""
+    found = {}
+    for tau in taus:
+        predictions = posthoc_scores(logits, temperature, log_offset, prior, tau).argmax(1)
+        found[tau] = accuracies(predictions, targets, groups, logits.shape[1])
+    return found
 
 
 def prior_weighted_accuracy(logits: Tensor, targets: Tensor, pool_prior: Tensor) -> float:

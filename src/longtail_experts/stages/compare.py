@@ -1,9 +1,9 @@
-"""Entry point `compare`: finished experts beside each other, and together."""
+"""Entry point `compare`: finished experts beside each other, and together; or a sweep of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from longtail_experts.tracking import comparison, comparison_report
+from longtail_experts.tracking import comparison, comparison_report, study, study_report
 from longtail_experts.tracking.comparison import DEPLOYMENTS as DEPLOYMENTS
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
 from longtail_experts.tracking.runs import Run, start_run
@@ -28,6 +28,17 @@ def run(choice: Choice, deployment: str = "uniform", different_splits: bool = Fa
     with start_run(name[:200], {"stage": "compare"}) as run_:
         parts = record(run_, members, deployment, same_splits)
         comparison_report.describe_comparison(run_, parts)
+    print("\n\n".join(parts))
+    return run_.run_id
+
+
+def run_study(sweep_id: str) -> str:
+    """Means and intervals over the trainings of a sweep, in a run of its own; returns its id.
+    RunError before any is started."""
+    found = study.read_sweep(sweep_id)
+    tags = {"stage": "compare", "sweep": sweep_id}
+    with start_run(f"study of {found.name}"[:200], tags) as run_:
+        parts = study_report.record_study(run_, found)
     print("\n\n".join(parts))
     return run_.run_id
 

@@ -71,7 +71,7 @@ def run(run_ids: list[str], out: Path) -> None:
         log.warning(
             "indices are not in torchvision's order of CIFAR-100 but in that of the source "
             "%s...; targets and index_space.json are written beside them",
-            index_space[:12],
+            shorten(index_space[:12]),
         )
         space = {"index_space": index_space}
         files[f"data/{name}_splits/index_space.json"] = space

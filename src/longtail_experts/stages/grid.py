@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from longtail_experts.config import (
     Config,
@@ -36,7 +36,8 @@ class Sweep(BaseModel):
     )
     fixed: dict[str, Any] = Field({}, description="fields of the config for every trial")
     grid: dict[str, list[Any]] = Field(
-        description="fields of the config with their values; the trials are the product of these"
+        description="fields of the config, or config itself, with their values; the trials are "
+        "the product of these"
     )
     trials_at_once: Whole | None = Field(
         None, description="at most so many trials at a time; none: as many as there is room for"
@@ -48,6 +49,13 @@ class Sweep(BaseModel):
         le=64,
         description="share of a GPU that a trial takes; none: a third where there is a GPU",
     )
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def _whole_above_one(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and value != int(value):
+            raise ValueError("must be whole where it is more than one")
+        return value
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None)
@@ -103,18 +111,21 @@ def points_of(sweep: Sweep) -> list[Point]:
     number = math.prod(map(len, sweep.grid.values()))
     if number > MOST_TRIALS:
         raise ConfigError(f"grid: {number:,} trials; at most {MOST_TRIALS:,}: leave values out")
-    path = find_recipe(sweep.config)
-    base = make_config(read_recipe(path)).model_dump() | sweep.fixed
+    recipes: dict[str, dict[str, Any]] = {}
     points, seen = [], {}
     for values in itertools.product(*sweep.grid.values()):
         varied = dict(zip(sweep.grid, values, strict=True))
-        config = make_config(base | varied)
+        recipe = str(varied.pop("config", sweep.config))
+        if recipe not in recipes:
+            recipes[recipe] = make_config(read_recipe(find_recipe(recipe))).model_dump()
+        config = make_config(recipes[recipe] | sweep.fixed | varied)
         if config.loss == "all":
             where = "in the grid, loss" if "loss" in varied else "under `grid:`, loss"
             raise ConfigError(
                 f"loss=all: a trial is one expert; {where}: [ce, logit_adjust, balanced_softmax]"
             )
-        point = Point({name: to_text(getattr(config, name)) for name in varied}, config)
+        texts = config.as_text() | {"config": recipe}
+        point = Point({name: texts[name] for name in sweep.grid}, config)
         twin = seen.setdefault((config.sha256, config.data_dir), point)
         if twin is not point:
             raise ConfigError(
@@ -156,7 +167,7 @@ def _deeper_than(value: Any, depth: int) -> bool:
 def _one_line(error: ValidationError, values: Mapping[str, Any]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0])
-    says = first["msg"].removeprefix("Input ")
+    says = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{name}: is missing ({Sweep.model_fields[name].description})"
     given = to_text(values[name]) if not isinstance(values[name], dict | list) else "..."

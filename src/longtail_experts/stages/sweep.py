@@ -70,10 +70,6 @@ class Job:
     went_on: bool = False  # the last attempt went on with an earlier run
     begin_afresh: bool = False
 
-    @property
-    def label(self) -> str:
-        return sweeps.label(self.trial)
-
 
 def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
     """All trials that are not finished yet; the run id of the sweep.
@@ -114,7 +110,9 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
                 sweeps.record_trials(parent, [job.trial for job in jobs])
             failed = [job for job in jobs if job.trial.state == "failed"]
             if failed:
-                named = "; ".join(f"{job.label}: {job.trial.reason}" for job in failed[:NAMED])
+                named = "; ".join(
+                    f"{job.trial.label}: {job.trial.reason}" for job in failed[:NAMED]
+                )
                 more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
                 raise TrialsFailedError(
                     f"{len(failed)} of {len(jobs)} trials failed twice: {named}{more}; the same "
@@ -174,7 +172,8 @@ def prepare(points: Sequence[Point], precision: str) -> list[Job]:
             apart_from_seed = config.replace(seed=0)
             if config.preflight and apart_from_seed not in checked:
                 checked.add(apart_from_seed)
-                findings = cheap_findings(resolve(config), data, [local_folder("")])
+                here = resolve(config.replace(device="auto"))  # a worker's may be another
+                findings = cheap_findings(here, data, [local_folder("")])
                 if blocking(findings):
                     raise NotReadyError(
                         f"{point.label}: {not_ready(findings)} (preflight=false starts it anyway)"
@@ -228,16 +227,18 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
     """Ray, started on this host for as long as the block lasts, or joined at `address`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # it would send the whole folder along
-    import ray
-
-    handler = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {}
     if address == LOCAL:
+        # Read when Ray is imported. Ray's own name for it: listen on the loopback device only.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         options = {
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE,
-            "_node_ip_address": "127.0.0.1",  # nothing outside this host is let in
+            "_node_ip_address": "127.0.0.1",
         }
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address,
@@ -247,8 +248,11 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
             **options,
         )
     except Exception as error:
-        what = "Ray does not start" if address == LOCAL else "no Ray cluster answers there"
-        raise ConfigError(f"address={address}: {what} ({first_line(error)})") from None
+        what, remedy = "Ray does not start", "see its logs in /tmp/ray/session_latest/logs"
+        if address != LOCAL:
+            what = "no Ray cluster answers there"
+            remedy = "`ray start --head` starts one; RAY_AUTH_TOKEN must be the same here and there"
+        raise ConfigError(f"address={address}: {what} ({first_line(error)}); {remedy}") from None
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     try:
@@ -329,10 +333,10 @@ def drive(parent: Run, jobs: Sequence[Job], left: Sequence[Job], sweep: Sweep, g
                     begun = sweeps.unfinished_trials(parent)
                 conclude(job, outcome, parent, begun)
                 if job.trial.state == "waiting":
-                    page.say(f"{job.label}: {job.trial.reason}; tried once more")
+                    page.say(f"{job.trial.label}: {job.trial.reason}; tried once more")
                     waiting.append(job)
                 elif job.trial.state == "failed":
-                    page.say(f"{job.label}: failed again: {job.trial.reason}\n{outcome.tail}")
+                    page.say(f"{job.trial.label}: failed again: {job.trial.reason}\n{outcome.tail}")
             if arrived:
                 stop(ray, parent, submitted)
                 raise_for(arrived[0], "the same command goes on with this sweep")
@@ -424,7 +428,10 @@ class Page:
         now = time.monotonic()
         if now - self._looked > PAGE_EVERY:
             self._looked = now
-            self._look()
+            try:
+                self._look()
+            except Exception as error:  # the trials go on whatever the page shows
+                log.warning("the sweep's page is not up to date (%s)", first_line(error))
         self._bar.n = self._num("finished", "found", "failed")
         self._bar.set_postfix(
             running=self._num("running"), failed=self._num("failed"), refresh=False

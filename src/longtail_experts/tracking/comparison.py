@@ -10,11 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtail_experts.config import Config, to_text
 from longtail_experts.data.longtail import class_groups
 from longtail_experts.data.sources import first_line
-from longtail_experts.learning.calibration import deployment_scores
+from longtail_experts.learning.calibration import deployment_scores, of_the_other_half
 from longtail_experts.learning.ensembles import ENSEMBLES, disagreement, error_overlap
-from longtail_experts.learning.evaluation import deployment_priors, evaluate_scores
+from longtail_experts.learning.evaluation import (
+    deployment_priors,
+    evaluate_scores,
+    posthoc_accuracies,
+)
 from longtail_experts.learning.metrics import (
     balanced_accuracy_standard_error,
     per_class_recall,
@@ -25,6 +30,7 @@ from longtail_experts.tracking.logits import ExpertLogits, is_calibrated, read_l
 from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_run, store_to_read
 
 DEPLOYMENTS = {"uniform": "test_balanced", "test_lt": "test_lt"}  # prior q -> split scored under it
+POSTHOC_TAUS = tuple(step / 4 for step in range(9))  # 0 ... 2
 MOST = 28  # experts in one comparison: seven colours in four line styles
 WHERE_TRAINED = ("device", "precision", "step_path", "git.commit", "git.dirty")
 NOT_A_DIFFERENCE = ("loss", "data_dir")
@@ -50,11 +56,20 @@ class Member:
         """Log-posterior under the deployment prior q [C], float64 [N, C]; T of the expert."""
         return deployment_scores(
             self.logits(split),
-            self.expert.temperature if temperature is None else temperature,
+            self.temperature_on(split) if temperature is None else temperature,
             torch.tensor(self.expert.log_offset),
             torch.tensor(self.expert.prior),
             deployment,
         )
+
+    def temperature_on(self, split: str) -> float | Tensor:
+        """T; where it was cross-fitted on these very images (protocol=literature), for each row
+        that of the half it is not in, float64 [N, 1]."""
+        halves = [self.metrics.get(f"temperature_half_{half}") for half in (0, 1)]
+        if split != "test_balanced" or None in halves:
+            return self.expert.temperature
+        seed = int(self.facts["split_seed"])
+        return of_the_other_half(tuple(halves), self.targets(split), seed)
 
     def logits(self, split: str) -> Tensor:
         return torch.tensor(self.expert.splits[split].logits)
@@ -148,7 +163,7 @@ def read_members(runs: Sequence[Run]) -> list[Member]:
     for run_id, times in Counter(ids).items():
         if times > 1:
             raise RunError(f"run_ids: {run_id} is given {times} times")
-    labels = distinct_labels([(c.loss, str(c.seed)) for c in configs], ids)
+    labels = distinct_labels([(c.loss, tau_of(c), str(c.seed)) for c in configs], ids)
     members = []
     for run, config, tag, label in zip(runs, configs, tags, labels, strict=True):
         try:
@@ -179,18 +194,25 @@ def read_members(runs: Sequence[Run]) -> list[Member]:
     return members
 
 
-def distinct_labels(names: Sequence[tuple[str, str]], run_ids: Sequence[str]) -> list[str]:
-    """(loss, seed) as `loss`, with the seed, or a part of the run id, where that is not enough."""
-    losses = Counter(loss for loss, _ in names)
-    both = Counter(names)
+def tau_of(config: Config) -> str:
+    """tau where the loss has one; the others are the same expert at any tau."""
+    return to_text(config.tau) if config.loss == "logit_adjust" else ""
+
+
+def distinct_labels(names: Sequence[tuple[str, str, str]], run_ids: Sequence[str]) -> list[str]:
+    """(loss, tau, seed) as `loss`, with tau, the seed, or else a part of the run id, where that
+    is not enough."""
+    taus = {loss: {tau for other, tau, _ in names if other == loss} for loss, _, _ in names}
+    with_tau = [f"{loss} tau {tau}" if len(taus[loss]) > 1 else loss for loss, tau, _ in names]
+    experts, seeds = Counter(with_tau), Counter(zip(with_tau, names, strict=True))
     labels = []
-    for (loss, seed), run_id in zip(names, run_ids, strict=True):
-        if losses[loss] == 1:
-            labels.append(loss)
-        elif both[loss, seed] == 1:
-            labels.append(f"{loss} seed {seed}")
+    for label, name, run_id in zip(with_tau, names, run_ids, strict=True):
+        if experts[label] == 1:
+            labels.append(label)
+        elif seeds[label, name] == 1:
+            labels.append(f"{label} seed {name[-1]}")
         else:
-            labels.append(f"{loss} {run_id[:6]}")
+            labels.append(f"{label} {run_id[:6]}")
     return labels
 
 
@@ -291,6 +313,19 @@ def recall_of(member: Member) -> np.ndarray:
     return per_class_recall(logits.argmax(1), targets, logits.shape[1])[0].numpy()
 
 
+def posthoc_of(member: Member) -> dict[float, dict[str, float]]:
+    """tau -> accuracies on test_balanced under post-hoc logit adjustment; nothing is trained."""
+    return posthoc_accuracies(
+        member.logits("test_balanced"),
+        member.targets("test_balanced"),
+        temperature=member.temperature_on("test_balanced"),
+        log_offset=torch.tensor(member.expert.log_offset),
+        prior=torch.tensor(member.expert.prior),
+        groups=member.groups,
+        taus=POSTHOC_TAUS,
+    )
+
+
 def reliability_panels(
     members: Sequence[Member], deployment: str
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -302,7 +337,7 @@ def reliability_panels(
             label: reliability(member.scores(split, q, t).softmax(1), member.targets(split))
             for label, t in (
                 ("T = 1", 1.0),
-                (f"T = {member.expert.temperature:.2f}", member.expert.temperature),
+                (f"T = {member.expert.temperature:.2f}", None),
             )
         }
     return panels

@@ -119,6 +119,35 @@ def head_tail_plane(
     save(figure, path)
 
 
+def posthoc(found: Mapping[str, Mapping[float, Mapping[str, float]]], path: Path) -> None:
+    """Accuracies over tau, a panel a group of classes and a line an expert; found label -> tau ->
+    accuracies. The dotted line at tau 1 is the uniform prior."""
+    figure, axes = new_axes(3, 12.0, 4.4)
+    panels = (("balanced", ALL), ("head", HEAD), ("tail", TAIL))
+    for ax, (group, title_colour) in zip(axes, panels, strict=True):
+        for number, (label, by_tau) in enumerate(found.items()):
+            colour, marker = marks(number)
+            values = [100 * of.get(f"{group}_accuracy", np.nan) for of in by_tau.values()]
+            ax.plot(
+                list(by_tau),
+                values,
+                color=colour,
+                marker=marker,
+                ls=line_style(number),
+                ms=4,
+                label=label,
+            )
+        ax.axvline(1, color=BEFORE, lw=1, ls=":", zorder=0)
+        ax.set_xlabel("tau")
+        ax.set_title(f"{group}, %", color=title_colour)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.suptitle(
+        "Post-hoc logit adjustment on test_balanced (tau 0: training prior, 1: uniform)"
+    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(found), 4))
+    save(figure, path)
+
+
 def pairs(
     labels: Sequence[str], disagreement: np.ndarray, overlap: np.ndarray, title: str, path: Path
 ) -> None:

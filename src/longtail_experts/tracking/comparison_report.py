@@ -15,9 +15,11 @@ import numpy as np
 from longtail_experts.config import Config
 from longtail_experts.tracking import comparison_figures, figures, report
 from longtail_experts.tracking.comparison import (
+    POSTHOC_TAUS,
     Member,
     Together,
     differences,
+    posthoc_of,
     recall_of,
     reliability_panels,
     standard_errors,
@@ -27,6 +29,8 @@ from longtail_experts.tracking.runs import Run, link_to_artifact
 
 PAGE = "comparison/index.html"
 GROUPS = ("balanced", "head", "tail", "many", "medium", "few")
+POSTHOC_GROUPS = ("balanced", "head", "tail")
+Posthoc = Mapping[str, Mapping[float, Mapping[str, float]]]  # label -> tau -> accuracies
 
 
 class Row(NamedTuple):
@@ -140,6 +144,20 @@ def ensemble_rows(result: Together) -> list[Row]:
     return [r for r in rows if any(cell != "-" for cell in r.cells)]
 
 
+def posthoc_rows(found: Posthoc) -> list[Row]:
+    """A column a tau; no cell is marked: to take the best would be to select on test images."""
+    return [
+        row(
+            f"{label}: {group}, %",
+            [of_tau.get(f"{group}_accuracy") for of_tau in by_tau.values()],
+            percent,
+            None,
+        )
+        for label, by_tau in found.items()
+        for group in POSTHOC_GROUPS
+    ]
+
+
 def as_markdown(header: Sequence[str], rows: Sequence[Row]) -> str:
     return report.table(
         [plain(h) for h in header],
@@ -193,7 +211,9 @@ def as_csv(members: Sequence[Member]) -> str:
 # --- pictures ---------------------------------------------------------------------------------
 
 
-def draw(members: Sequence[Member], result: Together | None, folder: Path) -> list[Picture]:
+def draw(
+    members: Sequence[Member], result: Together | None, posthoc: Posthoc, folder: Path
+) -> list[Picture]:
     """The figures as files in `folder`, with their captions."""
     first, drawn = members[0], []
 
@@ -218,6 +238,14 @@ def draw(members: Sequence[Member], result: Together | None, folder: Path) -> li
                     "The trade-off between head and tail; up and to the right is better.",
                 ),
             )
+    comparison_figures.posthoc(
+        posthoc,
+        picture(
+            "posthoc.png",
+            "Post-hoc logit adjustment on test_balanced: argmax of f / T + log_offset - tau log "
+            "prior over tau. Tau 0 is the training prior, tau 1 the uniform one; none is selected.",
+        ),
+    )
     if result is None:
         return drawn
     titled = f"{result.deployment} prior, {result.split}"
@@ -278,10 +306,11 @@ def record_comparison(
     result is None where the experts are of different splits: then there is the table alone, with
     the figures that need no common rows.
     """
-    sections = described(members, result)
+    posthoc = {member.label: posthoc_of(member) for member in members}
+    sections = described(members, result, posthoc)
     title = f"Comparison of {len(members)} experts: {', '.join(m.label for m in members)}"
     with tempfile.TemporaryDirectory() as scratch:
-        drawn = draw(members, result, Path(scratch))
+        drawn = draw(members, result, posthoc, Path(scratch))
         for picture in drawn:
             run.upload(Path(scratch) / picture.name, "comparison/figures")
         page = html_page(title, notice, sections, drawn, Path(scratch))
@@ -301,7 +330,9 @@ def record_comparison(
     return parts
 
 
-def described(members: Sequence[Member], result: Together | None) -> list[Section]:
+def described(
+    members: Sequence[Member], result: Together | None, posthoc: Posthoc
+) -> list[Section]:
     """Everything but the pictures."""
     labels = [m.label for m in members]
     sections = [
@@ -336,6 +367,18 @@ def described(members: Sequence[Member], result: Together | None) -> list[Sectio
                 ensemble_rows(result),
             )
         )
+    sections.append(
+        Section(
+            "Post-hoc logit adjustment",
+            "Accuracies on test_balanced of the argmax of f / T + log_offset - tau log prior "
+            "(Menon et al., ICLR 2021, section 4.1), an evaluation of the finished experts: "
+            "nothing is trained. Tau 0 is the posterior under the training prior, tau 1 under the "
+            "uniform one, whose balanced accuracy is the adjusted one above. No tau is selected, "
+            "on these images or others: all are shown.",
+            ("tau", *(f"{tau:g}" for tau in POSTHOC_TAUS)),
+            posthoc_rows(posthoc),
+        )
+    )
     unlike = differences(members)
     sections.append(
         Section(

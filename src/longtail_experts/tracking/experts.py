@@ -3,8 +3,8 @@
 import csv
 import math
 import shlex
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from longtail_experts.tracking.runs import (
     Run,
     RunError,
     address_of_picture,
+    claimed,
     git_tags,
     launched_run,
     link_to,
@@ -57,16 +58,27 @@ def run_name(config: Config, what: str) -> str:
     return f"{demo}{what} {config.source} seed {config.seed}"
 
 
+@contextmanager
 def start_expert_run(
     config: Config, stage: str, parent: Run | None = None, existing: Run | None = None
-) -> AbstractContextManager[Run]:
-    """A new run of an expert, or `existing` once more, which keeps the tags of its start."""
+) -> Iterator[Run]:
+    """A new run of an expert, or `existing` once more, which keeps the tags of its start.
+
+    Ctrl-C and SIGTERM say on their way out how to go on.
+    """
     tags = {"stage": stage, "expert": config.loss, "config_sha256": config.sha256}
     tags |= machine_tags(config)
     if existing is not None:
         tags = tags_of_resumed(existing, config)
-    name = run_name(config, config.loss)
-    return start_run(name, {**tags, **process_tags()}, parent, existing, system_metrics=True)
+    name, tags = run_name(config, config.loss), {**tags, **process_tags()}
+    opened = start_run(name, tags, parent, existing, system_metrics=True)
+    with claimed(existing), opened as run:
+        try:
+            yield run
+        except BaseException as stop:
+            if not isinstance(stop, Exception) and not str(stop):
+                stop.args = (f"in run {run.run_id}: -P resume={run.run_id} goes on from there",)
+            raise
 
 
 def tags_of_resumed(run: Run, config: Config) -> dict[str, str]:
@@ -142,12 +154,15 @@ def start_preflight_run(config: Config) -> AbstractContextManager[Run]:
     return start_run(run_name(config, f"preflight {config.loss}"), tags)
 
 
-def start_parent_run(config: Config, existing: Run | None = None) -> AbstractContextManager[Run]:
+@contextmanager
+def start_parent_run(config: Config, existing: Run | None = None) -> Iterator[Run]:
     tags = {"stage": "all", **machine_tags(config)}
     if existing is not None:
         tags = tags_of_resumed(existing, config)
     name = run_name(config, "all experts")
-    return start_run(name, {**tags, **process_tags()}, existing=existing)
+    opened = start_run(name, {**tags, **process_tags()}, existing=existing)
+    with claimed(existing), opened as parent:
+        yield parent
 
 
 def record_parent_inputs(parent: Run, config: Config) -> None:

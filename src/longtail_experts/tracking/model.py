@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import mlflow.pytorch
 import numpy as np
 import torch
+from mlflow.entities import LoggedModelStatus
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 from torch import Tensor, nn
@@ -43,8 +44,13 @@ def log_expert_model(
     """Log the expert to the run, whatever its status; images uint8 [2, 32, 32, 3] are the example.
 
     An exported program, so that opening it runs no pickle and needs no code of this project.
-    Probabilities are float32 [N, C].
+    Probabilities are float32 [N, C]. A run has one: a model that is whole already is left alone,
+    what is left of one that was cut off is deleted.
     """
+    for begun in run.logged_models:
+        if begun.status == LoggedModelStatus.READY:
+            return
+        run.client.delete_logged_model(begun.model_id)
     expert = CalibratedExpert(network.cpu(), temperature, log_offset, prior).eval()
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *images.shape[1:]))]),

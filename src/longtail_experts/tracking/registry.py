@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import mlflow
 import numpy as np
+from mlflow.entities import LoggedModelStatus
 
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.logits import SplitLogits, read_logits
@@ -130,7 +131,7 @@ def paired_difference(ours: SplitLogits, theirs: SplitLogits) -> Difference:
 
 def model_id_of(run: Run) -> str:
     """Of the model that the run logged last."""
-    logged = run.client.get_run(run.run_id).outputs.model_outputs
-    if not logged:
+    whole = [model for model in run.logged_models if model.status == LoggedModelStatus.READY]
+    if not whole:
         raise RunError(f"run {run.run_id}: holds no logged model to register")
-    return logged[-1].model_id
+    return whole[-1].model_id

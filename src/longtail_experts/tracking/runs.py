@@ -29,7 +29,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
@@ -80,12 +80,13 @@ class Run:
         self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        self.log_points((name, value, step) for name, value in values.items())
-
-    def log_points(self, points: Iterable[tuple[str, float, int]]) -> None:
-        """(name, value, optimiser step) triples, in one request a thousand."""
+        """Those that the run does not hold at this optimiser step: what was cut off and is done
+        again logs nothing twice."""
+        logged = self.metrics.keys() & values.keys()
+        there = {name for name in logged if step in dict(self.history(name))}
         now = int(time.time() * 1000)
-        self.log_metric_points([Metric(name, float(v), now, step) for name, v, step in points])
+        new = [Metric(n, float(v), now, step) for n, v in values.items() if n not in there]
+        self.log_metric_points(new)
 
     def log_metric_points(self, points: list[Metric], wait: bool = True) -> None:
         """In requests of a thousand; `wait` for a store that is away, or raise at once."""
@@ -189,6 +190,15 @@ class Run:
     def artifact_uri(self) -> str:
         return self.client.get_run(self.run_id).info.artifact_uri
 
+    @property
+    def logged_models(self) -> list[mlflow.entities.LoggedModel]:
+        """The oldest first, whatever became of them."""
+        return self.client.search_logged_models(
+            [self.experiment_id],
+            f"source_run_id = '{self.run_id}'",
+            order_by=[{"field_name": "creation_timestamp", "ascending": True}],
+        )
+
     def history(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) pairs in the order of steps."""
         points = self.client.get_metric_history(self.run_id, metric)
@@ -280,11 +290,11 @@ def start_run(
             run_id=existing and existing.run_id,
             nested=nested,
             parent_run_id=parent and parent.run_id,
+            tags=dict(tags),  # at once, so that a run cut off in this moment is seen as ours
             log_system_metrics=system_metrics and os.environ.get(SYSTEM_METRICS) != "false",
         )
     run, status = Run(active.info.run_id), "FAILED"
     try:
-        run.set_tags(tags)
         if existing is None and (GENERATED_NAME.fullmatch(run.name) or name.startswith("DEMO")):
             run.rename(name)
         _require_usable_artifact_root(run)
@@ -295,7 +305,11 @@ def start_run(
             status = "KILLED"
         raise
     finally:
-        _end(run, status)
+        try:
+            _end(run, status)
+        except BaseException:  # Ctrl-C or SIGTERM meanwhile
+            _end(run, status)
+            raise
 
 
 def _end(run: Run, status: str) -> None:
@@ -313,17 +327,43 @@ def _end(run: Run, status: str) -> None:
         )
 
 
+def end_unopened_run() -> None:
+    """KILLED for the run that `mlflow run` has created for this process, where the process is told
+    to stop before it has opened it: the launcher may be gone, and would leave it RUNNING."""
+    run_id = launched_run_id()
+    if run_id is not None and Run(run_id).status == "RUNNING":
+        _end(Run(run_id), "KILLED")
+
+
 @contextmanager
 def _first_contact(uri: str) -> Iterator[None]:
     """One process of this host at a time: MLflow creates its tables, and an experiment, without
     a lock, and all but one of the processes that do so at once fail."""
     path = uri.removeprefix("sqlite:///")
-    place = uri if path == uri else os.path.abspath(path)
-    name = hashlib.sha256(place.encode()).hexdigest()[:16]
-    with FileLock(
-        Path(tempfile.gettempdir()) / f"longtail-experts-{getpass.getuser()}-{name}.lock"
-    ):
+    with _host_lock(uri if path == uri else os.path.abspath(path)):
         yield
+
+
+@contextmanager
+def claimed(run: Run | None) -> Iterator[None]:
+    """One process of this host at a time goes on with a run: RunError for the others, which have
+    touched nothing."""
+    if run is None:
+        yield
+        return
+    try:
+        lock = _host_lock(run.run_id).acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"run {run.run_id}: another process is going on with it already") from None
+    with lock:
+        yield
+
+
+def _host_lock(what: str) -> FileLock:
+    name = hashlib.sha256(what.encode()).hexdigest()[:16]
+    return FileLock(
+        Path(tempfile.gettempdir()) / f"longtail-experts-{getpass.getuser()}-{name}.lock"
+    )
 
 
 def launched_run_id() -> str | None:

@@ -41,6 +41,10 @@ class Trial:
     reason: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.fields.items())
+
 
 # --- what is there already --------------------------------------------------------------------
 
@@ -188,7 +192,7 @@ def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
     )
     header, rows = _table(parent, trials)
     text_columns = len(header) - len(FIGURES) - 2
-    notes = [f"{label(trial)}: {trial.reason}" for trial in trials if trial.reason]
+    notes = [f"{trial.label}: {trial.reason}" for trial in trials if trial.reason]
     if any(trial.state == "found" for trial in trials):
         notes.insert(0, "found: finished in the store before this sweep, and not repeated")
     listed = "\n".join(f"- {note}" for note in notes)
@@ -207,10 +211,6 @@ def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
 def counts(trials: Sequence[Trial]) -> str:
     numbers = [(state, sum(trial.state == state for trial in trials)) for state in STATES]
     return ", ".join(f"{number} {state}" for state, number in numbers if number)
-
-
-def label(trial: Trial) -> str:
-    return " ".join(f"{name}={value}" for name, value in trial.fields.items())
 
 
 def _table(parent: Run, trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:

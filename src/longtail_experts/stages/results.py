@@ -1,0 +1,54 @@
+"""Entry point `results`: a page of sweeps, from the store alone; never typed by hand."""
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from longtail_experts.tracking import results_page, study_report
+from longtail_experts.tracking.runs import RunError, launched_run
+from longtail_experts.tracking.study import read_sweep
+
+
+def run(sweep_ids: Sequence[str], out: Path) -> None:
+    """Write the page and, beside it, a figure a sweep; equal stores give equal pages.
+
+    RunError before anything is written: nothing to read, or a place that cannot be written.
+    """
+    require_usable(out)
+    for sweep_id, times in Counter(sweep_ids).items():
+        if times > 1:
+            raise RunError(f"sweeps: {sweep_id} is given {times} times")
+    studies = [read_sweep(sweep_id) for sweep_id in sweep_ids]
+    settings = [results_page.read_setting(study) for study in studies]
+    names = results_page.figure_names(studies, out.stem)
+    command = f"python -m longtail_experts results --sweeps {','.join(sweep_ids)}"
+    page = results_page.as_markdown(studies, settings, names, f"{command} --out {as_given(out)}")
+    with launched_run(f"results {out.name}", {"stage": "results"}):
+        try:
+            with tempfile.TemporaryDirectory(dir=out.parent, prefix=".results-") as scratch:
+                folder = Path(scratch)
+                for study, name in zip(studies, names, strict=True):
+                    title = results_page.title_of(study)
+                    study_report.draw(study, title, folder / name)
+                (folder / out.name).write_text(page, encoding="utf-8")
+                for name in (*names, out.name):
+                    os.replace(folder / name, out.parent / name)
+        except OSError as error:
+            raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
+    print(f"{out}: {len(studies)} sweeps, {sum(len(s.trials) for s in studies)} trainings")
+
+
+def require_usable(out: Path) -> None:
+    if out.suffix != ".md" or out.is_dir():
+        raise RunError(f"out={out}: give the name of a Markdown file, as docs/results.md")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
+
+
+def as_given(out: Path) -> str:
+    """No absolute path of this machine goes into the page."""
+    return out.name if out.is_absolute() else out.as_posix()

@@ -1,0 +1,238 @@
+"""docs/results.md: sweeps beside published figures, in words and tables."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from longtail_experts.config import ConfigError, make_config
+from longtail_experts.tracking import report
+from longtail_experts.tracking.comparison_report import markdown, plain
+from longtail_experts.tracking.experts import repeat_command
+from longtail_experts.tracking.published import APPLIES_TO, PUBLISHED
+from longtail_experts.tracking.runs import Run, RunError
+from longtail_experts.tracking.study import (
+    CHANCE,
+    KNOBS,
+    SPLITS_FOLLOW_FROM,
+    Study,
+    natural,
+)
+from longtail_experts.tracking.study_report import (
+    how_to_read,
+    notice_of,
+    sections_of,
+    shortened,
+    summary,
+)
+
+FULL_EPOCHS = {"experts": 256, "literature": 200}  # of the recipe of each protocol
+DATASETS = {"cifar100": "CIFAR-100-LT", "cifar10": "CIFAR-10-LT"}
+PROTOCOLS = {
+    "experts": "trained on 80 % of the long-tailed pool; the checkpoint is chosen on `val_lt`, the "
+    "temperature fitted on `calib`; tested on the images that are not in `val_lt`. No test image "
+    "selects anything",
+    "literature": "trained on the whole long-tailed pool and tested on all test images, as most of "
+    "the literature does; the last epoch, nothing is selected. There is no hold-out: the "
+    "temperature is two-fold cross-fitted on the test images under the uniform prior, each half "
+    "scored with that of the other; T in the table is fitted on all of them",
+}
+SUBSETS = {
+    "own": "**own subset**: drawn by `split_seed`, not the images of LDAM's code",
+    "ldam": "**LDAM's subset**: the images that its code takes (`np.random.seed(0)`), as most of "
+    "the literature does",
+}
+WHERE = ("device", "precision", "step_path", "git.commit", "git.dirty")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a sweep's run and its trials hold beside fields and metrics."""
+
+    sweep_id: str
+    grid: str  # sweep.yaml; empty where there is none
+    sizes: Mapping[str, int]  # images: pool, train, test_balanced; empty where not recorded
+
+
+def read_setting(study: Study) -> Setting:
+    (sweep_id,) = study.run_ids
+    sweep = Run(sweep_id)
+    grid = sweep.read_text("sweep.yaml") if sweep.has_artifact("sweep.yaml") else ""
+    # Where images lay on that machine is nobody's business, and of no use elsewhere.
+    grid = re.sub(r"(data_dir:\s*)[^\s,}]+", r"\1<images>", grid)
+    return Setting(sweep_id, grid.strip(), sizes_of(study))
+
+
+def sizes_of(study: Study) -> dict[str, int]:
+    """Of the splits of all trainings; {} where they differ, or no manifest is to be had."""
+    if any(len(values_of(study, n)) > 1 for n in SPLITS_FOLLOW_FROM if n != "split_seed"):
+        return {}
+    try:
+        manifest = Run(study.trials[0].run_id).read_json("splits/manifest.json")
+        sizes = {name: int(manifest["splits"][name]["size"]) for name in ("train", "test_balanced")}
+        return {"pool": sum(map(int, manifest["pool_counts"])), **sizes}
+    except (RunError, LookupError, TypeError, ValueError):
+        return {}
+
+
+def values_of(study: Study, name: str) -> list[str]:
+    """Different ones of a field, in order."""
+    return sorted({trial.fields.get(name, "-") for trial in study.trials}, key=natural)
+
+
+def joined(study: Study, name: str) -> str:
+    return " / ".join(values_of(study, name))
+
+
+def short_schedules(study: Study) -> list[str]:
+    """`64 of 256` for every protocol and number of epochs below that of the recipe."""
+    found = {
+        (trial.fields["protocol"], int(trial.fields["epochs"]))
+        for trial in study.trials
+        if int(trial.fields["epochs"]) < FULL_EPOCHS.get(trial.fields["protocol"], 0)
+    }
+    return [f"{epochs} of {FULL_EPOCHS[protocol]}" for protocol, epochs in sorted(found)]
+
+
+def title_of(study: Study) -> str:
+    sources = " / ".join(DATASETS.get(s, f"source {s}") for s in values_of(study, "source"))
+    title = f"{sources}, IF {joined(study, 'imbalance_factor')}, protocol "
+    title += joined(study, "protocol")
+    short = short_schedules(study)
+    return f"{title}, short schedule ({', '.join(short)} epochs)" if short else title
+
+
+def figure_names(studies: Sequence[Study], stem: str) -> list[str]:
+    """A file a sweep, named after what it is of; with a part of its id where that is not enough."""
+    names = []
+    for study in studies:
+        of = {n: joined(study, n) for n in ("protocol", "source", "imbalance_factor")}
+        name = "{protocol}_{source}_if{imbalance_factor}".format(**of)
+        names.append(re.sub(r"[^\w.-]+", "-", f"{stem}_{name}"))
+    return [
+        f"{name}.png" if names.count(name) == 1 else f"{name}_{study.run_ids[0][:6]}.png"
+        for name, study in zip(names, studies, strict=True)
+    ]
+
+
+def as_markdown(
+    studies: Sequence[Study], settings: Sequence[Setting], figures: Sequence[str], command: str
+) -> str:
+    parts = [
+        "# Results",
+        f"<!-- Written by the command below from the tracking store; not to be edited. -->\n\n"
+        f"Written from the tracking store, every figure as a run recorded it:\n\n"
+        f"```sh\n{command}\n```",
+    ]
+    for study, setting, figure in zip(studies, settings, figures, strict=True):
+        title = plain(title_of(study))
+        first, *tables = markdown(title, "", sections_of(study, ("test_balanced",)))
+        notice = notice_of(study).strip()
+        picture = f"![{title}: means with 95 % intervals]({figure})"
+        parts += [first, *([notice] if notice else []), setting_in_words(study, setting)]
+        parts += [picture, how_to_read(study), *tables]
+        if is_published_for(study):
+            parts.append(f"### Beside the published figures\n\n{what_differs(study, setting)}")
+        parts.append(f"### How it was made\n\n{how_it_was_made(study, setting)}")
+    if any(map(is_published_for, studies)):
+        parts.append(published_figures())
+    return "\n\n".join(parts) + "\n"
+
+
+def setting_in_words(study: Study, setting: Setting) -> str:
+    lines = []
+    short = short_schedules(study)
+    if short:
+        lines.append(
+            f"**Short schedule:** {', '.join(short)} epochs of the recipe. These figures say how "
+            "the losses compare after so many epochs, not what the recipe reaches."
+        )
+    lines.append(summary(study))
+    lines += [
+        f"protocol `{protocol}`: {PROTOCOLS.get(protocol, 'see its fields')}."
+        for protocol in values_of(study, "protocol")
+    ]
+    lines += [f"{SUBSETS.get(rule, rule)}." for rule in values_of(study, "subset_rule")]
+    if setting.sizes:
+        lines.append(
+            f"{setting.sizes['pool']:,} images in the pool, {setting.sizes['train']:,} trained on, "
+            f"{setting.sizes['test_balanced']:,} in `test_balanced`."
+        )
+    not_recipe = ("loss", *KNOBS, *CHANCE, *SPLITS_FOLLOW_FROM)
+    names = dict.fromkeys(n for group in study.groups for n in group.settings)
+    recipe = [f"{n} {joined(study, n)}" for n in names if n not in not_recipe]
+    lines.append(f"Recipe: {plain(', '.join(recipe))}.")
+    where = []
+    for name in WHERE:
+        values = sorted({shortened(name, t.tags[name]) for t in study.trials if name in t.tags})
+        where += [f"{name} {' / '.join(values)}"] if values else []
+    lines.append(f"Where: {plain(', '.join(where)) or 'not recorded'}.")
+    return "\n".join(f"- {line[0].upper()}{line[1:]}" for line in lines)
+
+
+def how_it_was_made(study: Study, setting: Setting) -> str:
+    parts = []
+    if setting.grid:
+        parts.append(
+            "`mlflow run . --env-manager local -e sweep -P sweep=<file>`, the file being (run "
+            f"`{setting.sweep_id}`)\n\n```yaml\n{setting.grid}\n```"
+        )
+    else:
+        parts.append(f"Child runs of run `{setting.sweep_id}`.")
+    commands = []
+    for group in study.groups:
+        fields = {n: v for n, v in group.trials[0].fields.items() if n != "data_dir"}
+        try:
+            commands.append(repeat_command(make_config(fields)))
+        except ConfigError:  # of another version of this program
+            continue
+    if commands:
+        lines = "\n".join(commands)
+        parts.append(f"The first training of each group alone:\n\n```sh\n{lines}\n```")
+    return "\n\n".join(parts)
+
+
+# --- published figures ------------------------------------------------------------------------
+
+
+def is_published_for(study: Study) -> bool:
+    """Whether all of it is of the data that the published figures are of."""
+    return all(values_of(study, name) == [value] for name, value in APPLIES_TO.items())
+
+
+def what_differs(study: Study, setting: Setting) -> str:
+    """From how the figures under *Published figures* came about."""
+    protocols, rules = values_of(study, "protocol"), values_of(study, "subset_rule")
+    lines = [f"epochs: {joined(study, 'epochs')} here; theirs are in the table"]
+    if setting.sizes:
+        sizes = setting.sizes
+        lines.append(
+            f"images: {sizes['train']:,} of a pool of {sizes['pool']:,} trained on, "
+            f"{sizes['test_balanced']:,} tested on; there 10,847 and 10,000"
+        )
+    if "own" in rules:
+        lines.append("subset: drawn by `split_seed`; there that of LDAM's code or another one")
+    if "experts" in protocols:
+        lines.append("selection: on `val_lt`; there mostly the epoch best on the test images")
+    if "literature" in protocols:
+        lines.append(
+            "selection: none, the last epoch; there mostly the epoch best on the test images"
+        )
+    lines.append("seeds: a mean and its interval; there one figure, unless the table says else")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def published_figures() -> str:
+    rows = []
+    for one in PUBLISHED:
+        by_class = " / ".join(f"{value:.1f}" for value in one.by_class) if one.by_class else "-"
+        ece = "-" if one.ece is None else f"{one.ece:.2f}"
+        source = f"[{one.source}]({one.url})" if one.url else one.source
+        text = [one.method, one.paper, source, one.recipe, one.selection]
+        rows.append([*text, f"{one.top1:.2f}", by_class, ece])
+    header = ("method", "paper", "read in", "recipe", "selection, seeds", "top-1, %")
+    table = report.table((*header, "many / medium / few", "ECE, %"), rows, text=5)
+    return (
+        "## Published figures\n\nCIFAR-100-LT, exponential, imbalance factor 100, ResNet-32, "
+        "trained on the whole pool of 10,847 images, top-1 on all 10,000 test images, unless said "
+        f"otherwise; as their sources state them. None was measured here.\n\n{table}"
+    )

@@ -1,0 +1,379 @@
+"""A study: many trainings, grouped by everything but chance, with what follows for each group.
+
+Read from what the runs recorded (config.yaml, metrics, tags): no logits are downloaded.
+
+Two trainings belong to one group where their configs differ by seeds alone. A group holds them by
+(splits, seed). Its intervals (learning/statistics.py) are around the mean over its splits:
+
+training noise only   on the splits at hand: what other seeds would give. All there is where
+                      split_seed does not vary; it says nothing about other splits
+splits and training   what other splits and seeds would give: the mean of each split is one value
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlflow
+
+from longtail_experts.config import Config, parse_recipe, to_text
+from longtail_experts.data.batches import derive_seed
+from longtail_experts.data.sources import first_line
+from longtail_experts.learning.statistics import (
+    Interval,
+    between_interval,
+    paired_differences,
+    within_interval,
+)
+from longtail_experts.tracking.comparison import WHERE_TRAINED
+from longtail_experts.tracking.runs import Run, RunError, open_run, store_to_read
+
+TRAINING, SPLITS_TOO = "training noise only", "splits and training"
+REFERENCE = "ce"
+CHANCE = ("seed", "expert_seed", "split_seed")
+# Where a run computed and what was done around it; what of it differs is listed.
+NOT_A_DIFFERENCE = (
+    "data_dir",
+    "device",
+    "precision",
+    "fast",
+    "preflight",
+    "register_as",
+    "checkpoint_every",
+)
+SPLITS_FOLLOW_FROM = (
+    "protocol",
+    "source",
+    "imbalance_profile",
+    "imbalance_factor",
+    "images_per_class",
+    "subset_rule",
+    "split_seed",
+)
+# Knobs that act under some losses only; elsewhere the same expert comes out at any value. Of a
+# loss that is not here, every knob counts.
+KNOBS_OF = {
+    "ce": (),
+    "logit_adjust": ("tau",),
+    "balanced_softmax": (),
+    "class_balanced": ("beta",),
+    "focal": ("gamma",),
+    "ldam_drw": ("beta", "reweight_from"),
+}
+KNOBS = tuple(dict.fromkeys(knob for knobs in KNOBS_OF.values() for knob in knobs))
+SHORT = {"imbalance_factor": "IF", "imbalance_profile": "profile"}
+IN_LABELS = (*KNOBS, "source", "imbalance_profile", "imbalance_factor", "protocol", "epochs")
+
+Key = tuple[str, str]  # (splits_sha256, seed)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training, as its run records it."""
+
+    run_id: str
+    run_name: str
+    started: int  # ms
+    fields: Mapping[str, str]  # the config
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    splits_sha256: str
+
+    @property
+    def loss(self) -> str:
+        return self.fields["loss"]
+
+    @property
+    def seed(self) -> str:
+        """What chance in its training came from, the same for every loss."""
+        given, seed = self.fields["expert_seed"], self.fields["seed"]
+        derived = given == "none" or given == str(derive_seed(int(seed), self.loss))
+        return seed if derived else f"expert_seed {given}"
+
+    @property
+    def key(self) -> Key:
+        return self.splits_sha256, self.seed
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides it beside chance."""
+        knobs = KNOBS_OF.get(self.loss, KNOBS)
+        return {
+            name: value
+            for name, value in self.fields.items()
+            if name not in (*CHANCE, *NOT_A_DIFFERENCE) and (name in knobs or name not in KNOBS)
+        }
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What does not count as a difference, without where the images lay."""
+        around = [name for name in NOT_A_DIFFERENCE if name != "data_dir"]
+        where = {n: v for n, v in self.tags.items() if n in WHERE_TRAINED or n.startswith("resume")}
+        return {n: self.fields[n] for n in around if n in self.fields} | where
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trainings that differ by chance alone, one of each (splits, seed)."""
+
+    label: str
+    settings: Mapping[str, str]
+    trials: tuple[Trial, ...]
+
+    @property
+    def loss(self) -> str:
+        return self.settings["loss"]
+
+    def values(self, metric: str) -> dict[Key, float]:
+        """Of the trainings that recorded it as a number."""
+        found = {trial.key: trial.metrics.get(metric, math.nan) for trial in self.trials}
+        return {key: value for key, value in found.items() if math.isfinite(value)}
+
+    @property
+    def num_splits(self) -> int:
+        return len({trial.splits_sha256 for trial in self.trials})
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    run_ids: tuple[str, ...]  # the sweeps it was read from
+    groups: tuple[Group, ...]
+    num_replaced: int  # trainings of which there is a newer one
+    unfinished: tuple[str, ...]  # runs that are no calibrated expert, by name and status
+
+    @property
+    def trials(self) -> list[Trial]:
+        return [trial for group in self.groups for trial in group.trials]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The intervals that can be told."""
+        kinds = []
+        if any(len(group.trials) > group.num_splits for group in self.groups):
+            kinds.append(TRAINING)
+        if any(group.num_splits > 1 for group in self.groups):
+            kinds.append(SPLITS_TOO)
+        return tuple(kinds) or (TRAINING,)
+
+    def reference_of(self, group: Group) -> Group | None:
+        """Cross-entropy under the same settings; None where there is none, or it is this."""
+        others = without_loss(group)
+        found = [g for g in self.groups if g.loss == REFERENCE and without_loss(g) == others]
+        return found[0] if found and group.loss != REFERENCE else None
+
+    def differences(self, group: Group, metric: str) -> dict[Key, float]:
+        """From cross-entropy on the same splits with the same seed."""
+        reference = self.reference_of(group)
+        if reference is None:
+            return {}
+        return paired_differences(group.values(metric), reference.values(metric))
+
+
+def without_loss(group: Group) -> dict[str, str]:
+    return {n: v for n, v in group.settings.items() if n != "loss" and n not in KNOBS}
+
+
+def interval(values: Mapping[Key, float], kind: str) -> Interval | None:
+    """The interval of that kind, around the mean over splits; None without values."""
+    by_split: dict[str, list[float]] = {}
+    for (splits, _), value in values.items():
+        by_split.setdefault(splits, []).append(value)
+    if not by_split:
+        return None
+    of_kind = between_interval if kind == SPLITS_TOO else within_interval
+    return of_kind(list(by_split.values()))
+
+
+# --- which runs -------------------------------------------------------------------------------
+
+
+def read_sweep(sweep_id: str) -> Study:
+    """All calibrated experts of a sweep: children of its run, and those that its trials.json
+    names because they were finished before it. RunError where there are none."""
+    parent = open_run(sweep_id)
+    listed = listed_trials(parent)
+    with store_to_read() as client:
+        children = client.search_runs(
+            [parent.experiment_id],
+            f"tags.mlflow.parentRunId = '{parent.run_id}'",
+            order_by=["attributes.start_time ASC"],
+            max_results=10_000,
+        )
+        experts = {run.info.run_id: run for run in children if "expert" in run.data.tags}
+        for run_id in listed:
+            if run_id not in experts:
+                experts[run_id] = client.get_run(run_id)
+    done = [run for run in experts.values() if run.data.tags.get("calibrated") == "true"]
+    if not done:
+        raise RunError(
+            f"sweep={sweep_id}: none of its {len(children)} child runs is a calibrated expert; "
+            "give the id of a sweep's own run, once it has some"
+        )
+    unfinished = [
+        f"{run.info.run_name} ({run.info.status})" for run in experts.values() if run not in done
+    ]
+    return make_study(parent.name, [sweep_id], [read_trial(run) for run in done], unfinished)
+
+
+def listed_trials(parent: Run) -> list[str]:
+    """Run ids in the sweep's trials.json, where it has one."""
+    if not parent.has_artifact("trials.json"):
+        return []
+    try:
+        return [
+            str(trial["run_id"]) for trial in parent.read_json("trials.json") if trial["run_id"]
+        ]
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"run {parent.run_id}: trials.json is malformed ({first_line(error)[:200]})"
+        ) from None
+
+
+def read_trial(run: mlflow.entities.Run) -> Trial:
+    return Trial(
+        run_id=run.info.run_id,
+        run_name=run.info.run_name,
+        started=run.info.start_time,
+        fields=recorded_fields(Run(run.info.run_id)),
+        metrics=dict(run.data.metrics),
+        tags=dict(run.data.tags),
+        splits_sha256=run.data.params.get("splits_sha256", "unknown"),
+    )
+
+
+def recorded_fields(run: Run) -> dict[str, str]:
+    """config.yaml as text, and today's default of every field that came later.
+
+    A field that is unknown here is kept: the run may be of a newer version.
+    """
+    try:
+        given = parse_recipe(run.read_text("config.yaml"), "config.yaml")
+    except ValueError as error:  # ConfigError, or no UTF-8
+        raise RunError(f"run {run.run_id}: config.yaml: {first_line(error)}") from None
+    defaults = {name: to_text(field.default) for name, field in Config.model_fields.items()}
+    as_text = {n: to_text(tuple(v) if isinstance(v, list) else v) for n, v in given.items()}
+    return defaults | as_text
+
+
+# --- groups -----------------------------------------------------------------------------------
+
+
+def make_study(
+    name: str, run_ids: Sequence[str], trials: Sequence[Trial], unfinished: Sequence[str] = ()
+) -> Study:
+    """Trials in groups; of several with the same splits and seed, the newest counts.
+
+    Raises RunError where one split_seed stands for unequal splits.
+    """
+    require_one_split_a_seed(trials)
+    grouped: dict[tuple, dict[Key, Trial]] = {}
+    for trial in sorted(trials, key=lambda t: t.started):
+        newest = grouped.setdefault(tuple(sorted(trial.settings.items())), {})
+        newest[trial.key] = trial
+    kept = [
+        Group("", next(iter(by_key.values())).settings, tuple(in_order(by_key.values())))
+        for by_key in grouped.values()
+    ]
+    kept = sorted(kept, key=lambda group: order_of(group, kept))
+    labels = labels_of([group.settings for group in kept])
+    groups = tuple(
+        Group(label, group.settings, group.trials)
+        for label, group in zip(labels, kept, strict=True)
+    )
+    num_replaced = len(trials) - sum(len(group.trials) for group in groups)
+    return Study(name, tuple(run_ids), groups, num_replaced, tuple(unfinished))
+
+
+def require_one_split_a_seed(trials: Iterable[Trial]) -> None:
+    first: dict[tuple, Trial] = {}
+    for trial in trials:
+        same = tuple(trial.fields.get(name, "") for name in SPLITS_FOLLOW_FROM)
+        other = first.setdefault(same, trial)
+        if other.splits_sha256 != trial.splits_sha256:
+            raise RunError(
+                f"run {trial.run_id}: has splits {trial.splits_sha256[:12]} where run "
+                f"{other.run_id} has {other.splits_sha256[:12]}, both at split_seed "
+                f"{trial.fields['split_seed']}: their images differ, and no interval over both "
+                "means anything; study them in two sweeps"
+            )
+
+
+def in_order(trials: Iterable[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda t: (natural(t.fields["split_seed"]), natural(t.seed)))
+
+
+def natural(text: str) -> list[tuple[float, str]]:
+    """A sort key by which 2 comes before 10."""
+    parts = re.findall(r"[0-9]+(?:\.[0-9]+)?|[^0-9]+", text)
+    return [(float(p), "") if p[0] in "0123456789" else (-1.0, p) for p in parts]
+
+
+def order_of(group: Group, among: Sequence[Group]) -> list:
+    """Settings that differ, then losses as KNOBS_OF has them, then knobs."""
+    varying = [name for name in all_fields(g.settings for g in among) if name not in KNOBS]
+    losses = list(KNOBS_OF)
+    place = losses.index(group.loss) if group.loss in losses else len(losses)
+    others = [natural(group.settings.get(name, "")) for name in varying]
+    knobs = [natural(group.settings.get(name, "")) for name in KNOBS]
+    return [others, place, group.loss, knobs]
+
+
+def all_fields(settings: Iterable[Mapping[str, str]]) -> list[str]:
+    """Beside the loss, those of IN_LABELS first."""
+    names = dict.fromkeys(name for one in settings for name in one if name != "loss")
+    return [*(n for n in IN_LABELS if n in names), *(n for n in names if n not in IN_LABELS)]
+
+
+def labels_of(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The loss, and what tells groups apart.
+
+    Fields of IN_LABELS appear wherever groups differ in them (a knob: groups of the same loss),
+    others where equal labels would remain; the table of settings has them all.
+    """
+    told = [(one["loss"],) for one in settings]
+    for name in all_fields(settings):
+        values = [one.get(name, "") for one in settings]
+        # Groups among which a difference counts.
+        if name in KNOBS:
+            among = [(one["loss"],) for one in settings]
+        elif name in IN_LABELS:
+            among = [()] * len(settings)
+        else:
+            among = told
+        of_each: dict[tuple, set[str]] = {}
+        for kin, value in zip(among, values, strict=True):
+            of_each.setdefault(kin, set()).add(value)
+        told = [
+            (*label, f"{SHORT.get(name, name)} {value}")
+            if value and len(of_each[kin]) > 1
+            else label
+            for label, kin, value in zip(told, among, values, strict=True)
+        ]
+    return [f"{loss} {', '.join(fields)}".strip() for loss, *fields in told]
+
+
+# --- what differs -----------------------------------------------------------------------------
+
+
+def differing_settings(study: Study) -> dict[str, list[str]]:
+    """Settings beside the loss that are not the same in all groups that have them: name -> value
+    of each group."""
+    names = all_fields(group.settings for group in study.groups)
+    values = {name: [g.settings.get(name, "-") for g in study.groups] for name in names}
+    return {
+        name: of_each
+        for name, of_each in values.items()
+        if len({v for v in of_each if v != "-" or name not in KNOBS}) > 1
+    }
+
+
+def differing_facts(study: Study) -> dict[str, Counter]:
+    """Code, device and the like that are not the same in all trainings: name -> value -> how
+    many."""
+    facts = [trial.facts for trial in study.trials]
+    names = dict.fromkeys(name for one in facts for name in one)
+    counted = {name: Counter(one.get(name, "-") for one in facts) for name in names}
+    return {name: values for name, values in counted.items() if len(values) > 1}

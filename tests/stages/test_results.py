@@ -1,0 +1,216 @@
+"""docs/results.md from a store: what it says of each sweep, and what it never says."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_trials import add_sweep, add_trial
+from mlflow import MlflowClient
+from PIL import Image
+from scipy import stats
+
+from longtail_experts.cli import main
+from longtail_experts.tracking.published import PUBLISHED
+
+LITERATURE = {"protocol": "literature", "subset_rule": "ldam"}
+SIZES = {"train": {"size": 8677}, "test_balanced": {"size": 8928}}
+MANIFEST = {"pool_counts": [10_000, 847], "splits": SIZES}
+GRID = (
+    "grid: {loss: [ce, logit_adjust], seed: [0, 1, 2]}\nfixed: {data_dir: /home/me/x, epochs: 64}"
+)
+
+
+def figures(balanced: float, ece: float = 0.03) -> dict[str, float]:
+    return {
+        "test_balanced/balanced_accuracy": balanced,
+        "test_balanced/head_accuracy": balanced + 0.1,
+        "test_balanced/tail_accuracy": balanced - 0.2,
+        "test_balanced/ece_uncalibrated": 0.33,
+        "test_balanced/ece": ece,
+        "temperature": 2.4,
+    }
+
+
+VALUES = {
+    "ce": [0.350, 0.352, 0.357],
+    "logit_adjust": [0.390, 0.386, 0.391],
+}
+
+
+@pytest.fixture
+def short(store) -> str:
+    """Two losses, three seeds, 64 epochs of the experts protocol."""
+    sweep = add_sweep(store, grid=GRID)
+    for loss, values in VALUES.items():
+        for seed, value in enumerate(values):
+            add_trial(
+                store,
+                sweep,
+                figures(value) | {"test_lt/balanced_accuracy": 0.5},
+                loss=loss,
+                seed=seed,
+                epochs=64,
+                milestones="24,48",
+                data_dir="/home/me/x",
+                manifest=MANIFEST,
+            )
+    return sweep
+
+
+def results(*sweeps: str, out: str = "docs/results.md") -> str:
+    assert main(["results", "--sweeps", ",".join(sweeps), "--out", out]) == 0
+    return Path(out).read_text()
+
+
+def test_the_page_holds_means_intervals_n_and_differences(short):
+    text = results(short)
+    for loss, values in VALUES.items():
+        half = 100 * stats.t.ppf(0.975, 2) * stats.sem(values)
+        assert f"| {loss} | 3 | {100 * np.mean(values):.2f} ± {half:.2f} |" in text
+    gains = np.subtract(VALUES["logit_adjust"], VALUES["ce"])
+    half = 100 * stats.t.ppf(0.975, 2) * stats.sem(gains)
+    assert f"| logit_adjust | 3 | **+{100 * gains.mean():.2f} ± {half:.2f}** |" in text
+    assert "| ce | 3 | 2.400 ± 0.000 | 33.00 ± 0.00 | 3.00 ± 0.00 |" in text
+    assert "training noise only" in text
+    assert "seeds 0, 1, 2; split_seed 42" in text
+    assert "test_lt" not in text
+
+
+def test_a_short_schedule_and_an_own_subset_are_labelled(short):
+    text = results(short)
+    assert "short schedule (64 of 256 epochs)" in text.split("## ")[1]
+    assert "**Short schedule:** 64 of 256 epochs" in text
+    assert "**own subset**" in text
+    assert "8,677 trained on" in text
+
+
+def test_the_full_schedule_is_not_called_short(store):
+    sweep = add_sweep(store)
+    add_trial(store, sweep, figures(0.35))
+    text = results(sweep).lower()
+    assert "short schedule" not in text
+    assert "epochs 256" in text
+
+
+def test_the_literature_protocol_needs_nothing_that_it_does_not_have(store):
+    sweep = add_sweep(store)
+    recipe = {"epochs": 200, "lr": 0.1, "milestones": "160,180", "shortcut": "pad"}
+    for seed in (0, 1):
+        values = figures(0.4 + seed / 100)
+        add_trial(store, sweep, values, seed=seed, splits="l" * 64, extra=LITERATURE, **recipe)
+    text = results(sweep)
+    assert "short schedule" not in text.lower()
+    assert "two-fold cross-fitted on the test images" in text
+    assert "**LDAM's subset**" in text
+    assert "own subset" not in text
+    assert "no test image selects" not in text.lower()
+    assert (Path("docs") / "results_literature_cifar100_if100.png").is_file()
+
+
+def test_each_sweep_has_its_part_and_its_figure(short, store):
+    other = add_sweep(store)
+    add_trial(store, other, figures(0.4), splits="l" * 64, extra=LITERATURE, epochs=200)
+    again = add_sweep(store)
+    add_trial(store, again, figures(0.3), epochs=64)
+    text = results(short, other, again)
+    titles = re.findall(r"^## (.*)$", text, flags=re.M)
+    assert [title.split(", ")[2] for title in titles[:3]] == [
+        "protocol experts",
+        "protocol literature",
+        "protocol experts",
+    ]
+    names = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(set(names)) == 3
+    for name in names:
+        with Image.open(Path("docs") / name) as picture:
+            assert picture.format == "PNG"
+    assert set(names) == {p.name for p in Path("docs").iterdir()} - {"results.md"}
+
+
+def test_the_page_says_how_it_was_made_and_not_where(short, tmp_path):
+    text = results(short)
+    command = f"python -m longtail_experts results --sweeps {short} --out docs/results.md"
+    assert command in text
+    assert "grid: {loss: [ce, logit_adjust], seed: [0, 1, 2]}" in text
+    assert "data_dir: <images>, epochs: 64" in text
+    assert "-P loss=logit_adjust -P config=cifar100_lt -P epochs=64" in text
+    assert "git.commit cccccccccccc" in text
+    assert "precision fp32" in text
+    absolute = results(short, out=str(tmp_path / "elsewhere" / "page.md"))
+    assert "--out page.md" in absolute
+    for page in (text, absolute):
+        assert "/home" not in page
+        assert str(tmp_path) not in page
+
+
+def test_equal_stores_give_equal_pages(short):
+    first = results(short)
+    assert results(short) == first
+
+
+def test_published_figures_stand_beside_what_they_are_comparable_with(short, store):
+    text = results(short)
+    (part,) = text.split("## Published figures")[1:]
+    for one in PUBLISHED:
+        assert f"| {one.top1:.2f} |" in part
+        assert one.paper in part
+    assert "None was measured here" in part
+    assert "### Beside the published figures" in text
+    elsewhere = add_sweep(store)
+    add_trial(store, elsewhere, figures(0.5), imbalance_factor=10)
+    assert "ublished figures" not in results(elsewhere)
+
+
+def test_published_figures_name_their_sources():
+    for one in PUBLISHED:
+        assert one.url.startswith("https://")
+        assert re.search(r"(19|20)\d\d$", one.paper), one.paper
+        assert 35 < one.top1 < 60
+        assert one.by_class is None or len(one.by_class) == 3
+        assert one.recipe
+        assert one.selection
+
+
+def test_synthetic_images_are_called_so(store):
+    sweep = add_sweep(store)
+    add_trial(store, sweep, figures(0.9), source="synthetic", data_dir="none")
+    assert "Synthetic images" in results(sweep).split("\n## ")[1]
+
+
+def test_trials_that_were_finished_before_the_sweep_count(short, store):
+    """As the sweep's trials.json lists them; children of another run."""
+    found = add_trial(
+        store, add_sweep(store), figures(0.4), loss="ce", seed=7, epochs=64, milestones="24,48"
+    )
+    trials = [{"run_id": found, "state": "found"}, {"run_id": None, "state": "waiting"}]
+    MlflowClient().log_text(short, json.dumps(trials), "trials.json")
+    assert re.search(r"\| ce \| 4 \|", results(short))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--sweeps", "nonsense", "--out", "a.md"], "run_id=nonsense: not found"),
+        (["--sweeps", "ID,ID", "--out", "a.md"], "is given 2 times"),
+        (["--sweeps", "ID", "--out", "a.html"], "out=a.html: give the name of a Markdown file"),
+        (["--sweeps", "ID", "--out", "file/a.md"], "out=file/a.md: cannot be written"),
+        (["--sweeps", ",", "--out", "a.md"], "sweeps=',': give run ids"),
+        (["--sweeps", "ID"], "--out"),
+        (["--sweeps", "BROKEN", "--out", "a.md"], "trials.json is malformed"),
+    ],
+)
+def test_what_cannot_be_written_is_said_in_one_line(store, capsys, arguments, says):
+    sweep, broken = add_sweep(store), add_sweep(store)
+    add_trial(store, sweep, figures(0.4))
+    MlflowClient().log_text(broken, '[{"state": 1}]', "trials.json")
+    Path("file").touch()
+    given = [
+        re.sub("ID|BROKEN", lambda m: {"ID": sweep, "BROKEN": broken}[m.group()], a)
+        for a in arguments
+    ]
+    assert main(["results", *given]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert says in line
+    assert not list(Path().glob("*.md"))
