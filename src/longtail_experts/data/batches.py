@@ -4,6 +4,7 @@ The random draws of an epoch are plain values, made on the CPU from (expert seed
 same on every device, and resuming at an epoch needs no generator state.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 PADDING = 4
+GPU_BATCH = 1024
 # Per channel, of the 50,000 CIFAR-100 training images scaled to [0, 1].
 MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
@@ -25,9 +27,15 @@ def derive_seed(*parts: int | str) -> int:
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in channels-last memory."""
-    mean = torch.tensor(MEAN, device=images.device)
-    std = torch.tensor(STD, device=images.device)
+    mean, std = _mean_and_std(images.device)
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Once a device: while a CUDA graph is recorded, nothing can be sent there."""
+    with torch.inference_mode(False):
+        return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
 
 def pad(images: Tensor) -> Tensor:
@@ -68,15 +76,31 @@ def crop_and_flip(padded: Tensor, index: Tensor, top: Tensor, left: Tensor, flip
     return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def batches_of(draws: EpochDraws, batch_size: int) -> Iterator[EpochDraws]:
+    """The draws of one batch after another; the last may be short."""
+    return map(EpochDraws._make, zip(*(x.split(batch_size) for x in draws), strict=True))
+
+
+def load_batch(
+    padded: Tensor, targets: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(images float32 [B, 3, H, W], targets int64 [B]) of a batch's draws. Nothing is read back
+    from the device and nothing sent there, so it can be recorded with the step that follows."""
+    return normalise(crop_and_flip(padded, index, top, left, flip)), targets[index]
+
+
 def augmented_batches(
     padded: Tensor, targets: Tensor, draws: EpochDraws, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (images float32 [B, 3, H, W], targets int64 [B]); the last may be short."""
-    for index, top, left, flip in zip(*(x.split(batch_size) for x in draws), strict=True):
-        yield normalise(crop_and_flip(padded, index, top, left, flip)), targets[index]
+    """One epoch of (images float32 [B, 3, H, W], targets int64 [B])."""
+    return (load_batch(padded, targets, *draw) for draw in batches_of(draws, batch_size))
 
 
 def plain_batches(images: Tensor, batch_size: int, device: str) -> Iterator[Tensor]:
-    """Normalised batches, in order and without augmentation, of uint8 images [N, H, W, 3]."""
-    for part in images.split(batch_size):
+    """Normalised batches, in order and without augmentation, of uint8 images [N, H, W, 3].
+
+    On a GPU of at least GPU_BATCH: a forward pass of few images costs what its kernels cost to
+    start, and keeps nothing for a backward pass.
+    """
+    for part in images.split(batch_size if device == "cpu" else max(batch_size, GPU_BATCH)):
         yield normalise(part.to(device))
