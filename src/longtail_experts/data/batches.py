@@ -4,6 +4,7 @@ The random draws of an epoch are plain values, made on the CPU from (expert seed
 same on every device, and resuming at an epoch needs no generator state.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from longtail_experts.data.augment import (
 )
 
 PADDING = 4
+GPU_BATCH = 1024
 # Per channel, of the 50,000 CIFAR-100 training images scaled to [0, 1].
 MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
@@ -37,9 +39,15 @@ def derive_seed(*parts: int | str) -> int:
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in channels-last memory."""
-    mean = torch.tensor(MEAN, device=images.device)
-    std = torch.tensor(STD, device=images.device)
+    mean, std = _mean_and_std(images.device)
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Once a device: while a CUDA graph is recorded, nothing can be sent there."""
+    with torch.inference_mode(False):
+        return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
 
 def pad(images: Tensor) -> Tensor:
@@ -101,30 +109,50 @@ def crop_and_flip(padded: Tensor, index: Tensor, top: Tensor, left: Tensor, flip
     return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def batches_of(draws: EpochDraws, batch_size: int) -> Iterator[EpochDraws]:
+    """The draws of one batch after another; the last may be short."""
+    return map(EpochDraws._make, zip(*(x.split(batch_size) for x in draws), strict=True))
+
+
+def load_batch(
+    padded: Tensor,
+    targets: Tensor,
+    index: Tensor,
+    top: Tensor,
+    left: Tensor,
+    flip: Tensor,
+    operations: Tensor,
+    holes: Tensor,
+    share: Tensor,
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]:
+    """(images float32 [B, 3, H, W], targets int64 [B]) of a batch's draws.
+
+    With mixup the targets are three: own int64 [B], the partners' int64 [B], share float32 []; the
+    loss is share * L(own) + (1 - share) * L(partners'). Without a policy nothing is read back from
+    the device and nothing sent there, so it can be recorded with the step that follows.
+    """
+    pixels = crop_and_flip(padded, index, top, left, flip)
+    if operations.shape[1]:
+        planes = apply_operations(pixels.permute(0, 3, 1, 2), operations)
+        pixels = planes.permute(0, 2, 3, 1).contiguous()
+    images, own = cut_out(normalise(pixels), holes), targets[index]
+    if share.shape[1]:
+        return mix(images, share[0, 0]), (own, partners(own), share[0, 0])
+    return images, own
+
+
 def augmented_batches(
     padded: Tensor, targets: Tensor, draws: EpochDraws, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]]:
-    """One epoch of (images float32 [B, 3, H, W], targets int64 [B]); the last may be short.
-
-    With mixup the targets are three: own int64 [B], the partners' int64 [B], share float32 []; the
-    loss is share * L(own) + (1 - share) * L(partners').
-    """
-    for index, top, left, flip, operations, holes, share in zip(
-        *(x.split(batch_size) for x in draws), strict=True
-    ):
-        pixels = crop_and_flip(padded, index, top, left, flip)
-        if operations.shape[1]:
-            planes = apply_operations(pixels.permute(0, 3, 1, 2), operations)
-            pixels = planes.permute(0, 2, 3, 1).contiguous()
-        images = cut_out(normalise(pixels), holes)
-        own = targets[index]
-        if share.shape[1]:
-            yield mix(images, share[0, 0]), (own, partners(own), share[0, 0])
-        else:
-            yield images, own
+    """One epoch of `load_batch`."""
+    return (load_batch(padded, targets, *draw) for draw in batches_of(draws, batch_size))
 
 
 def plain_batches(images: Tensor, batch_size: int, device: str) -> Iterator[Tensor]:
-    """Normalised batches, in order and without augmentation, of uint8 images [N, H, W, 3]."""
-    for part in images.split(batch_size):
+    """Normalised batches, in order and without augmentation, of uint8 images [N, H, W, 3].
+
+    On a GPU of at least GPU_BATCH: a forward pass of few images costs what its kernels cost to
+    start, and keeps nothing for a backward pass.
+    """
+    for part in images.split(batch_size if device == "cpu" else max(batch_size, GPU_BATCH)):
         yield normalise(part.to(device))

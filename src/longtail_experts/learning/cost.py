@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from longtail_experts.learning.fast_step import Batch
 from longtail_experts.learning.losses import Objective
-from longtail_experts.learning.step import TrainState, predict_logits, train_step
+from longtail_experts.learning.step import TrainState, as_it_is, predict_logits, take_step
 
 WARM_UP = 2  # steps that are not counted
 NUM_STEPS = 6  # steps that are
@@ -103,16 +104,17 @@ def measure_pace(
 
 def time_steps(
     state: TrainState,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     objective: Objective,
     precision: str,
+    load: Callable[..., Batch] = as_it_is,
 ) -> float:
     """Seconds an image: the median over steps after the first ones, at a learning rate of 0."""
     seconds = []
-    for images, targets in batches:
+    for batch in batches:
         started = time.perf_counter()
-        float(train_step(state, images, targets, objective, 0.0, precision))  # waits for the device
-        seconds.append((time.perf_counter() - started) / len(targets))
+        float(take_step(state, batch, objective, 0.0, precision, load))  # waits for the device
+        seconds.append((time.perf_counter() - started) / len(batch[0]))
     return statistics.median(seconds[min(WARM_UP, len(seconds) - 1) :])
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from longtail_experts.learning.fast_step import Batch, CannotRecordError, RecordedSteps
 from longtail_experts.learning.losses import Objective
 
 # Compiling takes 10-60 s and saves about 0.6 ms an image (benchmarks/README.md): it has repaid
@@ -33,8 +34,8 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.SGD
-    memory_format: torch.memory_format = torch.channels_last
     compiled_batch: int | None = None  # batches of this size go through compiled code
+    recorded: RecordedSteps | None = None  # takes the steps, where there is one
     step: int = 0
     losses: list[Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -42,12 +43,15 @@ class TrainState:
 
     @property
     def path(self) -> str:
-        """Which code takes the steps: "compiled", or "plain" for PyTorch's own operators."""
+        """Which code takes the steps: "graph", "compiled", or "plain" for one operator of PyTorch
+        after another."""
+        if self.recorded is not None:
+            return "graph"
         return "plain" if self.compiled_batch is None else "compiled"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C] of normalised images [B, 3, H, W]."""
-        images = images.contiguous(memory_format=self.memory_format)
+        images = images.contiguous(memory_format=torch.channels_last)
         if len(images) == self.compiled_batch:
             return _compiled()(self.model, images)
         return self.model(images)  # the short last batch: a second compile would not repay
@@ -81,20 +85,18 @@ def start_training(
     """The state before the first step, on `device`.
 
     With `fast`, a training of `planned_images` (epochs x images) that is long enough to repay
-    it compiles the step for batches of `batch_size`. That depends on these arguments alone,
-    never on a timing, so that two runs of one seed take the same steps.
+    it compiles the step for batches of `batch_size`; on a GPU, steps are recorded and replayed.
+    That depends on these arguments alone, never on a timing, so that two runs of one seed take
+    the same steps.
     """
     worthwhile = fast and device == "cpu" and planned_images >= COMPILE_REPAID_AFTER
     compiled = worthwhile and _compiles(model, batch_size, precision)
-    # On a CPU, bf16 in channels-last order is the slowest of the four combinations, unless
-    # it is compiled.
-    plain_order = device == "cpu" and precision == "bf16" and not compiled
-    memory_format = torch.contiguous_format if plain_order else torch.channels_last
-    model = model.to(device, memory_format=memory_format)
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
-    return TrainState(model, optimizer, memory_format, batch_size if compiled else None)
+    recorded = RecordedSteps() if fast and device == "cuda" else None
+    return TrainState(model, optimizer, batch_size if compiled else None, recorded)
 
 
 def _compiles(model: nn.Module, batch_size: int, precision: str) -> bool:
@@ -102,7 +104,7 @@ def _compiles(model: nn.Module, batch_size: int, precision: str) -> bool:
     trial = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
     images = torch.zeros(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     try:
-        with exact_float32(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with exact_float32(), autocast("cpu", precision):
             _compiled()(trial, images).float().sum().backward()
     except Exception as error:  # a missing C++ compiler, a full disk, a bug: all leave plain steps
         reason = str(error).strip().split("\n")[0]
@@ -111,12 +113,45 @@ def _compiles(model: nn.Module, batch_size: int, precision: str) -> bool:
     return True
 
 
+def as_it_is(*batch: Tensor) -> Batch:
+    """Loads batches that are (images, targets) already."""
+    return batch
+
+
+def take_step(
+    state: TrainState,
+    batch: Batch,
+    objective: Objective,
+    lr: float,
+    precision: str,
+    load: Callable[..., Batch] = as_it_is,
+) -> Tensor:
+    """`train_step` on (images, targets) = load(*batch), by whichever code is fastest here.
+
+    Where `load` and the step cannot be recorded, one warning says why and steps are plain from
+    then on.
+    """
+
+    def step(state: TrainState, batch: Batch, lr: float | Tensor) -> Tensor:
+        images, targets = load(*batch)
+        return train_step(state, images, targets, objective, lr, precision)
+
+    if state.recorded is not None:
+        kind = (load, objective, precision)
+        try:
+            return state.recorded.take(state, batch, lr, step, kind=kind, precision=precision)
+        except CannotRecordError as error:
+            state.recorded = None
+            warnings.warn(f"training steps are not replayed, and slower: {error}", stacklevel=2)
+    return step(state, batch, lr)
+
+
 def train_step(
     state: TrainState,
     images: Tensor,
     targets: Tensor,
     objective: Objective,
-    lr: float,
+    lr: float | Tensor,
     precision: str,
 ) -> Tensor:
     """One step of SGD at `lr`; returns the loss of the batch, on the device, before the step.
@@ -127,7 +162,7 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     with exact_float32():
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(images.device.type, precision):
             logits = state.forward(images)
         loss = objective(logits, targets)
         state.optimizer.zero_grad(set_to_none=True)
@@ -139,16 +174,18 @@ def train_step(
 
 def train_epoch(
     state: TrainState,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     *,
     objective: Objective,
     lr_at: Callable[[int], float],
     precision: str,
+    load: Callable[..., Batch] = as_it_is,
     on_step: Callable[[], None] = lambda: None,
 ) -> float:
     """Train on the batches that are left of an epoch; its mean loss over images, each before
     its own step.
 
+    A batch is (images, targets), or whatever `load` makes these of: a row an image.
     `on_step` may raise: the state is then that of a step just finished. Raises
     NonFiniteLossError at the step where the loss is not finite: at once on the CPU; on a GPU at
     the end of the epoch, because reading every loss would stall it.
@@ -156,11 +193,11 @@ def train_epoch(
     state.model.train()
     first_step = state.step - len(state.losses)
     started = time.perf_counter() - (state.seconds if state.losses else 0.0)
-    for images, targets in batches:
-        loss = train_step(state, images, targets, objective, lr_at(state.step), precision)
+    for batch in batches:
+        loss = take_step(state, batch, objective, lr_at(state.step), precision, load)
         state.losses.append(loss)
-        state.sizes.append(len(images))
-        if images.device.type == "cpu":
+        state.sizes.append(len(batch[0]))
+        if loss.device.type == "cpu":
             _require_finite([loss], state.step - 1, lr_at)
         state.seconds = time.perf_counter() - started
         on_step()
@@ -180,6 +217,11 @@ def _require_finite(losses: list[Tensor], first_step: int, lr_at: Callable[[int]
             f"loss is not finite at step {step} (lr {lr_at(step):.4g}): "
             "lower lr, or lengthen warmup_steps"
         )
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Without its cache: each weight is used once a step, and what is recorded must cast anew."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def exact_float32() -> AbstractContextManager[None]:

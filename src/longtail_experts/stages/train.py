@@ -17,14 +17,16 @@ from tqdm import tqdm
 from longtail_experts.config import Config
 from longtail_experts.data.batches import (
     EpochDraws,
-    augmented_batches,
+    batches_of,
     draw_epoch,
+    load_batch,
     pad,
     plain_batches,
 )
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
 from longtail_experts.learning.cost import time_steps
+from longtail_experts.learning.fast_step import Batch
 from longtail_experts.learning.losses import Objective
 from longtail_experts.learning.metrics import accuracies
 from longtail_experts.learning.resnet import num_parameters
@@ -137,13 +139,13 @@ def train_epochs(
     num_images = data.size("train")
     steps_per_epoch = steps_an_epoch(config, data)
     padded = pad(data.pixels("train")).to(config.device)
-    targets = data.targets("train").to(config.device)
+    load = partial(load_batch, padded, data.targets("train").to(config.device))
     announce_cost(
         config,
         config.epochs - first_epoch,
         state,
-        padded,
-        targets,
+        num_images,
+        load,
         objective_at(first_epoch, config, data),
     )
     lr_steps = steps_worth_logging(
@@ -174,13 +176,13 @@ def train_epochs(
             )
             seen = len(state.losses) * config.batch_size
             left = EpochDraws(*(values[seen:] for values in draws))
-            batches = augmented_batches(padded, targets, left, config.batch_size)
             mean_loss = train_epoch(
                 state,
-                batches if seen < num_images else [],
+                batches_of(left, config.batch_size) if seen < num_images else [],
                 objective=objective_at(epoch, config, data),
                 lr_at=lr_of,
                 precision=config.precision,
+                load=load,
                 on_step=partial(after_step, epoch),
             )
             step, is_last = state.step - 1, epoch == config.epochs - 1
@@ -342,20 +344,19 @@ def announce_cost(
     config: Config,
     num_epochs: int,
     state: TrainState,
-    padded: torch.Tensor,
-    targets: torch.Tensor,
+    num_images: int,
+    load: Callable[..., Batch],
     objective: Objective,
 ) -> None:
     """Time a few steps on a throwaway copy and print what the epochs ahead will take."""
-    num_images = len(targets)
     if num_images * num_epochs < 100_000:
         return
     trial = copy.deepcopy(state)
     draws = draw_epoch(num_images, 0, 0, config.device, augmentation_of(config))
-    batches = augmented_batches(padded, targets, draws, config.batch_size)
-    seconds = time_steps(trial, islice(batches, 6), objective, config.precision)
+    batches = islice(batches_of(draws, config.batch_size), 6)
+    seconds = time_steps(trial, batches, objective, config.precision, load)
     minutes = seconds * num_images * num_epochs / 60
-    where = f"{config.device}, {config.precision}, {state.path} steps"
+    where = f"{config.device}, {config.precision}, {trial.path} steps"
     if config.device == "cpu":
         where += f", {torch.get_num_threads()} threads"
     print(

@@ -1,0 +1,598 @@
+"""Recorded steps equal plain ones, and are not taken where they do not.
+
+On a CPU the recorder calls the step again where a GPU would replay a graph of it: everything else
+is the code that runs there.
+"""
+
+import copy
+import functools
+import re
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longtail_experts.data import batches
+from longtail_experts.data.batches import batches_of, draw_epoch, load_batch, pad
+from longtail_experts.learning import fast_step
+from longtail_experts.learning.fast_step import (
+    WARM_UP,
+    CannotRecordError,
+    RecordedSteps,
+    how_far_apart,
+    make_momenta,
+    tensors_of,
+)
+from longtail_experts.learning.losses import LOSSES, Knobs, objective_of, shifted_cross_entropy
+from longtail_experts.learning.resnet import ResNet32, build_resnet32
+from longtail_experts.learning.step import (
+    NonFiniteLossError,
+    TrainState,
+    start_training,
+    train_epoch,
+    train_step,
+)
+
+NUM_CLASSES, NUM_IMAGES, BATCH = 5, 50, 16  # batches of 16, 16, 16 and 2
+COUNTS = torch.tensor([20, 12, 9, 6, 3])
+
+
+def call_again():
+    """A recorder for a machine without CUDA: what it is given runs as often as there, and what it
+    does in Python shows as little."""
+
+    def record(run):
+        for _ in range(WARM_UP):
+            run()
+        return partial(replay, run)
+
+    def replay(run):
+        steps = [state.step for state in started]
+        run()
+        for state, step in zip(started, steps, strict=True):
+            state.step = step
+
+    return record
+
+
+started: list[TrainState] = []
+
+
+@pytest.fixture(autouse=True)
+def _none_started():
+    started.clear()
+
+
+def tiny() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, NUM_CLASSES),
+        )
+
+
+def resnet() -> nn.Module:
+    return build_resnet32(NUM_CLASSES, "pad", seed=0)
+
+
+def start(build=tiny, make_recorder=call_again, device="cpu", **changes) -> TrainState:
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "precision": "fp32", **changes}
+    state = start_training(build(), **settings, device=device, fast=False)
+    state.recorded = make_recorder and RecordedSteps(make_recorder)
+    started.append(state)
+    return state
+
+
+def objective(epoch: int, device: str = "cpu"):
+    """As a stage asks for it: a new object each epoch, of other weights from epoch 2 on."""
+    return objective_of("ldam_drw", COUNTS, Knobs(beta=0.9), device, is_reweighted=epoch >= 2)
+
+
+def images(device: str = "cpu") -> partial:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (NUM_IMAGES, 8, 8, 3), dtype=torch.uint8, generator=generator)
+    targets = torch.arange(NUM_IMAGES) % NUM_CLASSES
+    return partial(load_batch, pad(pixels).to(device), targets.to(device))
+
+
+def train(state, epochs=range(13), load=None, objective=objective, lr=0.2, precision="fp32"):
+    """Mean losses of the epochs, at a rate that falls with every step."""
+    load = load or images()
+    device = load.args[0].device.type
+    return [
+        train_epoch(
+            state,
+            batches_of(draw_epoch(NUM_IMAGES, 1, epoch, device), BATCH),
+            objective=objective(epoch, device),
+            lr_at=lambda step: lr / (1 + step),
+            precision=precision,
+            load=load,
+        )
+        for epoch in epochs
+    ]
+
+
+def same(ours: TrainState, theirs: TrainState) -> bool:
+    pairs = list(zip(tensors_of(ours), tensors_of(theirs), strict=True))
+    return ours.step == theirs.step and all(torch.equal(x, y) for x, y in pairs)
+
+
+# --- the same as plain steps ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "changes", "epochs"),
+    [
+        (tiny, {}, 13),
+        (tiny, {"momentum": 0.0, "weight_decay": 0.0}, 13),
+        (tiny, {"precision": "bf16"}, 13),
+        (resnet, {}, 3),
+    ],
+)
+def test_recorded_steps_equal_plain_ones_bit_for_bit(build, changes, epochs):
+    """52 steps, with a short batch in every epoch, a rate a step and new weights in epoch 2."""
+    precision = changes.get("precision", "fp32")
+    plain, recorded = start(build, None, **changes), start(build, **changes)
+    expected = train(plain, range(epochs), precision=precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(recorded, range(epochs), precision=precision) == expected
+    assert recorded.path == "graph"
+    assert plain.path == "plain"
+    assert same(recorded, plain)
+    assert recorded.step == 4 * epochs
+
+
+def test_the_change_of_objective_is_one_that_shows():
+    """Else the test above would pass where the old recording went on."""
+    late, never = (start(tiny, None) for _ in range(2))
+    train(late, range(3))
+    train(never, range(3), objective=lambda _, device: objective(0, device))
+    assert not same(late, never)
+
+
+def test_batches_that_are_loaded_already_may_hold_tuples():
+    """As mixup's: the targets of both, and one share, a scalar."""
+
+    def mixed(logits, targets):
+        own, partners, share = targets
+        return share * loss(logits, own) + (1 - share) * loss(logits, partners)
+
+    loss = partial(shifted_cross_entropy, shift=torch.zeros(NUM_CLASSES))
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for n in (6, 6, 6, 3):
+        own, partners = torch.randint(NUM_CLASSES, (2, n), generator=generator)
+        share = torch.rand((), generator=generator)
+        made.append((torch.randn(n, 3, 8, 8, generator=generator), (own, partners, share)))
+    states = [start(tiny, None), start()]
+    losses = [
+        train_epoch(s, made, objective=mixed, lr_at=lambda step: 0.1, precision="fp32")
+        for s in states
+    ]
+    assert states[1].path == "graph"
+    assert losses[0] == losses[1]
+    assert same(*states)
+
+
+def counting(made: list):
+    def make_recorder():
+        record = call_again()
+
+        def counted(run):
+            made.append(run)
+            return record(run)
+
+        return counted
+
+    return make_recorder
+
+
+def test_a_recording_is_made_for_each_size_and_again_for_another_objective():
+    made = []
+    state = start(make_recorder=counting(made))
+    train(state, range(2))  # the objective of epoch 1 is another object of the same terms
+    assert len(made) == 2
+    train(state, range(2, 4))
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_what_is_loaded_between_two_steps_is_what_the_next_starts_from(part):
+    made, state, plain = [], None, None
+    state, plain, other = start(make_recorder=counting(made)), start(tiny, None), start(tiny, None)
+    train(other, range(5, 6))
+    for each in (state, plain):
+        train(each, range(2))
+        getattr(each, part).load_state_dict(copy.deepcopy(getattr(other, part).state_dict()))
+        train(each, range(2))
+    assert same(state, plain)
+    assert len(made) == {"model": 2, "optimizer": 4}[part]  # new momenta lie elsewhere
+
+
+def test_a_copy_of_the_state_takes_steps_of_its_own():
+    state, plain = start(), start(tiny, None)
+    train(state, range(2))
+    train(plain, range(2))
+    trial = copy.deepcopy(state)
+    train(trial, range(2, 4))
+    assert same(state, plain)
+    train(plain, range(2, 4))
+    assert same(trial, plain)
+
+
+# --- resuming ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", [call_again, None])
+def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_either_way(then):
+    class StopError(Exception):
+        pass
+
+    def stop():
+        if first.step == 6:
+            raise StopError
+
+    plain, first, second = start(tiny, None), start(), start(tiny, then)
+    expected = train(plain, range(3))
+    train(first, range(1))
+    load, draws = images(), draw_epoch(NUM_IMAGES, 1, 1)
+    rest = {"lr_at": lambda step: 0.2 / (1 + step), "precision": "fp32", "load": load}
+    with pytest.raises(StopError):
+        train_epoch(first, batches_of(draws, BATCH), objective=objective(1), on_step=stop, **rest)
+
+    saved = copy.deepcopy(first.optimizer.state_dict())
+    (group,) = saved["param_groups"]
+    assert (group["fused"], type(group["lr"])) == (None, float)  # nothing of a device in it
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(saved)
+    second.step, second.losses, second.sizes = first.step, first.losses, first.sizes
+    left = list(batches_of(draws, BATCH))[2:]
+    losses = [train_epoch(second, left, objective=objective(1), **rest)]
+    losses += train(second, range(2, 3), load)
+    assert losses == expected[1:]
+    assert same(second, plain)
+
+
+# --- losses that are not finite ---------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step():
+    load = images()
+    poisoned = [0.0, 0.0, 0.0, float("nan"), 0.0, 0.0]
+    spoilt_draws = [(*draw, torch.tensor([poisoned[i]])) for i, draw in enumerate(draws_of(6))]
+
+    def spoilt(index, top, left, flip, extra):
+        values, targets = load(index, top, left, flip)
+        return values + extra, targets
+
+    state = start()
+    state.step = 10
+    with pytest.raises(NonFiniteLossError, match=r"step 13 \(lr 0\.0013\)"):
+        train_epoch(
+            state,
+            spoilt_draws,
+            objective=objective(0),
+            lr_at=lambda step: step / 10_000,
+            precision="fp32",
+            load=spoilt,
+        )
+    assert state.path == "graph"
+
+
+def draws_of(num_batches: int) -> list:
+    full = [d for epoch in range(2) for d in batches_of(draw_epoch(NUM_IMAGES, 1, epoch), BATCH)]
+    return [d for d in full if len(d.order) == BATCH][:num_batches]
+
+
+# --- the check --------------------------------------------------------------------------------
+
+
+def test_recording_leaves_the_state_as_it_was():
+    """Warm-up steps change weights, momenta and statistics; all are put back."""
+    state = start()
+    train(state, range(1))
+    before, seen = copy.deepcopy(state), []
+
+    class Watched(RecordedSteps):
+        def _record(self, *arguments, **named):
+            recording = super()._record(*arguments, **named)
+            seen.append(same(state, before))
+            return recording
+
+    state.recorded = Watched(call_again)
+    train_step_of(state, draws_of(1)[0])
+    assert seen == [True]
+    assert not same(state, before)
+
+
+def train_step_of(state, draw, precision="fp32"):
+    return train_epoch(
+        state,
+        [draw],
+        objective=objective(0),
+        lr_at=lambda step: 0.1,
+        precision=precision,
+        load=images(),
+    )
+
+
+def refusing():
+    def record(run):
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+
+    return record
+
+
+def no_driver():
+    raise RuntimeError("no driver")
+
+
+def doing(otherwise):
+    """A recorder whose replays differ from the step."""
+
+    def make_recorder():
+        def record(run):
+            for _ in range(WARM_UP):
+                run()
+            return partial(otherwise, run)
+
+        return record
+
+    return make_recorder
+
+
+def nothing(run):
+    pass
+
+
+def twice(run):
+    run()
+    run()
+
+
+def of_another_run(run):
+    """Computes the loss as it should, but leaves weights and statistics alone."""
+    state = started[-1]
+    kept = [values.clone() for values in tensors_of(state)]
+    run()
+    with torch.no_grad():
+        for values, value in zip(tensors_of(state), kept, strict=True):
+            values.copy_(value)
+
+
+def at_the_rate_of_the_recording(run):
+    started[-1].recorded._lr.zero_()
+    run()
+
+
+def without_momentum(run):
+    for values in started[-1].optimizer.state.values():
+        values["momentum_buffer"].zero_()
+    run()
+
+
+def of_the_batch_of_the_recording(run):
+    recorded = started[-1].recorded
+    run.__closure__  # noqa: B018  (the batch is in there; nothing else holds it during the check)
+    batch = next(c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, tuple))
+    fast_step._fill(batch, fast_step._first_half_twice(batch))
+    assert recorded is not None
+    run()
+
+
+def with_statistics_that_stand_still(run):
+    kept = started[-1].model[1].running_mean.clone()
+    run()
+    started[-1].model[1].running_mean.copy_(kept)
+
+
+def not_a_number(run):
+    run()
+    with torch.no_grad():
+        next(started[-1].model.parameters()).fill_(float("nan"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("make_recorder", "reason"),
+    [
+        (refusing, "operation not permitted when stream is capturing"),
+        (no_driver, "no driver"),
+        (doing(nothing), "has loss|of its change"),
+        (doing(twice), "has loss|of its change"),
+        (doing(of_another_run), "of its change"),
+        (doing(at_the_rate_of_the_recording), "of its change"),
+        (doing(without_momentum), "of its change"),
+        (doing(of_the_batch_of_the_recording), "has loss|of its change"),
+        (doing(with_statistics_that_stand_still), "of its change"),
+        (doing(not_a_number), "nan of its change"),
+    ],
+)
+def test_where_a_replay_does_something_else_steps_are_plain_and_one_warning_says_why(
+    make_recorder, reason, precision
+):
+    plain, state = (start(tiny, make, precision=precision) for make in (None, make_recorder))
+    expected = train(plain, range(2), precision=precision)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = train(state, range(2), precision=precision)
+    (warning,) = [w for w in caught if issubclass(w.category, UserWarning)]
+    assert str(warning.message).startswith("training steps are not replayed, and slower: ")
+    assert re.search(reason, str(warning.message))
+    assert "\n" not in str(warning.message)
+    assert state.path == "plain"
+    assert losses == expected
+    assert same(state, plain)
+
+
+def test_after_a_refusal_the_state_is_as_it_was():
+    state = start(make_recorder=refusing)
+    make_momenta(state.optimizer)
+    before, tensors = copy.deepcopy(state), tensors_of(state)
+
+    def step(state, batch, lr):
+        return train_step(state, *images()(*batch), objective(0), lr, "fp32")
+
+    with pytest.raises(CannotRecordError):
+        state.recorded.take(state, draws_of(1)[0], 0.1, step, kind=(), precision="fp32")
+    assert same(state, before)
+    assert all(x is y for x, y in zip(tensors_of(state), tensors, strict=True))
+    (group,) = state.optimizer.param_groups
+    assert (group["lr"], group["fused"]) == (0.1, None)
+    assert all(p.grad is None for p in state.model.parameters())
+
+
+def test_how_far_apart_by_hand():
+    before = [torch.zeros(2), torch.tensor([5.0])]
+    plain = [torch.tensor([3.0, 4.0]), torch.tensor([5.0])]  # a change of length 5, and none
+    assert how_far_apart(plain, plain, before) == 0
+    assert how_far_apart(before, plain, before) == pytest.approx(1)
+    ours = [torch.tensor([3.0, 3.0]), torch.tensor([5.0])]
+    assert how_far_apart(ours, plain, before) == pytest.approx(1 / 5, rel=1e-4)
+    assert how_far_apart([plain[0], torch.tensor([6.0])], plain, before) > 1e4
+    assert how_far_apart([plain[0], torch.tensor([5.0000005])], plain, before) < 0.1
+    broken = how_far_apart([plain[0], torch.tensor([float("nan")])], plain, before)
+    assert broken != broken
+
+
+# --- what a graph can hold --------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run, and those that touch a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.elsewhere = [], []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = str(function)
+        self.names.append(name)
+        # FakeTensorMode has no kernel of the update.
+        out = None if "fused_sgd" in name else function(*arguments, **(named or {}))
+        leaves = torch.utils._pytree.tree_leaves((arguments, named, out))
+        if any(x.device.type != "cuda" for x in leaves if torch.is_tensor(x)):
+            self.elsewhere.append(name)
+        return out
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
+@pytest.mark.filterwarnings("ignore:.*Disabling autocast")
+@pytest.mark.parametrize("shortcut", ["projection", "pad"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nothing_of_a_step_is_read_back_or_sent_to_the_device(loss, shortcut, monkeypatch):
+    """What a CUDA graph cannot hold. Shapes alone run, on a device that need not be there; the
+    backward pass is left out, which PyTorch does not run without the device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    terms = LOSSES[loss].terms(COUNTS, Knobs())
+    shapes = {key: values.shape for key, values in terms.items()}
+    made_once = functools.cache(batches._mean_and_std.__wrapped__)
+    monkeypatch.setattr(batches, "_mean_and_std", made_once)
+
+    def with_gradients(*_):
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = ResNet32(NUM_CLASSES, shortcut, LOSSES[loss].head)
+            padded = torch.zeros(20, 40, 40, 3, dtype=torch.uint8)
+            targets, lr = torch.zeros(20, dtype=torch.int64), torch.zeros(())
+            draw = [torch.zeros(8, dtype=torch.int64) for _ in range(3)]
+            draw.append(torch.zeros(8, dtype=torch.bool))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        make_momenta(optimizer)
+        terms = {key: torch.zeros(shape, device="cuda") for key, shape in shapes.items()}
+        criterion = partial(LOSSES[loss].function, **terms)
+        state = TrainState(model.train(), optimizer)
+        monkeypatch.setattr(torch.Tensor, "backward", with_gradients)
+        load_batch(padded, targets, *draw)  # what is made once a device
+        with Operators() as operators, fast_step._rate_in_memory(optimizer):
+            train_step(state, *load_batch(padded, targets, *draw), criterion, lr, "fp32")
+    assert operators.elsewhere == []
+    assert "aten._fused_sgd_.tensor_lr" in operators.names
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+    assert not [name for name in operators.names if any(word in name for word in forbidden)]
+    assert len([name for name in operators.names if "convolution" in name]) >= 31
+
+
+# --- on a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_replayed_steps_equal_plain_ones():
+    """fp32, 52 steps: losses within 1e-4, weights within 1e-3 of their largest value."""
+    load = images("cuda")
+    plain, graph = start(tiny, None, "cuda"), start_on_gpu(tiny)
+    expected = train(plain, load=load)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = train(graph, load=load)
+    assert (plain.path, graph.path) == ("plain", "graph")
+    assert losses == pytest.approx(expected, rel=1e-4)
+    for ours, theirs in zip(tensors_of(graph), tensors_of(plain), strict=True):
+        scale = max(float(theirs.abs().max()), 1e-3)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3 * scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_a_resnet_is_replayed(precision):
+    """The first steps; later on, rounding decides which of the activations next to 0 pass."""
+    load = images("cuda")
+    plain, graph = start(resnet, None, "cuda"), start_on_gpu(resnet, precision)
+    expected = train(plain, range(2), load, lr=0.01, precision=precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = train(graph, range(2), load, lr=0.01, precision=precision)
+    assert graph.path == "graph"
+    assert losses == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_cannot_be_captured_is_plain_with_one_warning():
+    load = images("cuda")
+
+    def reads_back(index, top, left, flip):
+        assert int(index[0]) >= 0
+        return load(index, top, left, flip)
+
+    state = start_on_gpu(tiny)
+    draws = batches_of(draw_epoch(NUM_IMAGES, 1, 0, "cuda"), BATCH)
+    with pytest.warns(UserWarning, match="not replayed, and slower") as caught:
+        train_epoch(
+            state,
+            draws,
+            objective=objective(0, "cuda"),
+            lr_at=lambda step: 0.1,
+            precision="fp32",
+            load=reads_back,
+        )
+    assert len(caught) == 1
+    assert state.path == "plain"
+    assert state.step == 4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_fast_false_is_plain():
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "device": "cuda"}
+    paths = [
+        start_training(tiny(), **settings, precision="fp32", fast=fast).path
+        for fast in (True, False)
+    ]
+    assert paths == ["graph", "plain"]
+
+
+def start_on_gpu(build, precision="fp32") -> TrainState:
+    return start(build, fast_step.cuda_graphs, "cuda", precision=precision)
