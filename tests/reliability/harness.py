@@ -24,7 +24,7 @@ PROCESSES.set_forkserver_preload(
         "torch._dynamo",  # which the first optimiser imports
     ]
 )
-TIMED = {"train/images_per_second"}  # the one metric that differs between equal runs
+TIMED = {"train/images_per_second", "peak_memory_bytes"}  # these differ between equal runs
 
 
 def _work(arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
