@@ -12,10 +12,10 @@ that is long enough to repay them); what compiling took is reported beside the r
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from PIL import Image
@@ -24,15 +24,18 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from longtail_experts.config import make_config
-from longtail_experts.data.batches import MEAN, STD, augmented_batches, draw_epoch, pad
+from longtail_experts.data.batches import MEAN, STD, batches_of, draw_epoch, load_batch, pad
 from longtail_experts.data.dataset import Dataset
+from longtail_experts.learning.cost import peak_memory_bytes
 from longtail_experts.learning.losses import Knobs, objective_of
 from longtail_experts.learning.resnet import build_resnet32
-from longtail_experts.learning.step import start_training, train_step
+from longtail_experts.learning.step import start_training, take_step
 from longtail_experts.stages.inputs import load_dataset, resolve
 
 FULL_RECIPE = 256 * 8677  # images
 WARM_UP = 3  # steps at the beginning of a turn
+RATES = [f"{loop}images_per_second{end}" for loop in ("", "plain_") for end in ("", "_min", "_max")]
+REPORTED = ("device", "n", *RATES, "ratio", "ms_per_step", "peak_memory_bytes")
 
 
 class AsPictures(torch.utils.data.Dataset):
@@ -98,8 +101,9 @@ class OurLoop:
         )
         self.seconds_to_compile = time.perf_counter() - started
         self.state.model.train()
-        self.padded = pad(data.pixels("train")).to(device)
-        self.targets = data.targets("train").to(device)
+        padded, targets = pad(data.pixels("train")), data.targets("train")
+        self.load = partial(load_batch, padded.to(device), targets.to(device))
+        self.num_images = len(targets)
         counts = data.class_counts("train")
         self.objective = objective_of("ce", counts, Knobs(), device)
         self.batch_size, self.device, self.precision = batch_size, device, precision
@@ -107,9 +111,9 @@ class OurLoop:
 
     def steps(self) -> Iterator[None]:
         self.epoch += 1
-        draws = draw_epoch(len(self.targets), 0, self.epoch, self.device)
-        for images, targets in augmented_batches(self.padded, self.targets, draws, self.batch_size):
-            train_step(self.state, images, targets, self.objective, 0.01, self.precision)
+        draws = draw_epoch(self.num_images, 0, self.epoch, self.device)
+        for batch in batches_of(draws, self.batch_size):
+            take_step(self.state, batch, self.objective, 0.01, self.precision, self.load)
             yield
 
 
@@ -133,14 +137,8 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(device: str) -> int:
-    """Bytes: allocated on the GPU, else resident in this process; of both loops together."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
+    """What --json prints, and what else says how it came about."""
     source = (
         {"source": "cifar100", "data_dir": options.data_dir}
         if options.data_dir
@@ -149,7 +147,9 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
             "data_dir": None,
         }
     )
-    config = resolve(make_config({**source, "device": options.device}))
+    config = resolve(
+        make_config({**source, "device": options.device, "precision": options.precision})
+    )
     data = load_dataset(config)
     most = data.size("train") // options.batch_size - 1
     if not 0 < options.steps + WARM_UP <= most:
@@ -182,7 +182,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
         "ratio": middle / float(found["plain_images_per_second"]),
         "ms_per_step": 1000 * options.batch_size / middle,
         "seconds_to_compile": ours.seconds_to_compile,
-        "peak_memory_bytes": peak_memory(config.device),
+        "peak_memory_bytes": peak_memory_bytes(config.device),  # of both loops together
     }
 
 
@@ -192,6 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--data_dir", help="folder with CIFAR-100; without: generated images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--n", type=int, default=5, help="turns of each loop")
     parser.add_argument("--steps", type=int, default=20, help="counted in a turn")
@@ -205,7 +206,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(options)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps({name: found[name] for name in REPORTED}))
         return
     for name, value in found.items():
         print(f"{name:32} {value:,.2f}" if isinstance(value, float) else f"{name:32} {value}")

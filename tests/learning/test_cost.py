@@ -1,3 +1,4 @@
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from longtail_experts.learning.cost import (
     Work,
     activation_bytes,
     measure_pace,
+    peak_memory_bytes,
     time_steps,
     training_memory,
 )
@@ -63,6 +65,15 @@ def test_pace_leaves_weights_alone():
     assert pace.predicting > 0
     assert torch.equal(model.one.weight, before)
     assert time_steps(state, [(images, targets)], F.cross_entropy, "fp32") > 0
+
+
+def test_peak_memory_is_that_of_this_process():
+    before = peak_memory_bytes("cpu")
+    now = psutil.Process().memory_info().rss
+    assert before >= 0.9 * now
+    block = torch.ones(before - now + 200_000_000, dtype=torch.uint8)
+    assert 150_000_000 < peak_memory_bytes("cpu") - before < 400_000_000
+    assert int(block[-1]) == 1
 
 
 def test_seconds_are_images_times_pace():

@@ -270,8 +270,9 @@ def test_a_loss_that_is_not_finite_stops_at_its_step():
     poisoned = [0.0, 0.0, 0.0, float("nan"), 0.0, 0.0]
     spoilt_draws = [(*draw, torch.tensor([poisoned[i]])) for i, draw in enumerate(draws_of(6))]
 
-    def spoilt(index, top, left, flip, extra):
-        values, targets = load(index, top, left, flip)
+    def spoilt(*draw_and_extra):
+        *draw, extra = draw_and_extra
+        values, targets = load(*draw)
         return values + extra, targets
 
     state = start()
@@ -382,11 +383,8 @@ def without_momentum(run):
 
 
 def of_the_batch_of_the_recording(run):
-    recorded = started[-1].recorded
-    run.__closure__  # noqa: B018  (the batch is in there; nothing else holds it during the check)
-    batch = next(c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, tuple))
-    fast_step._fill(batch, fast_step._first_half_twice(batch))
-    assert recorded is not None
+    own = next(c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, tuple))
+    fast_step._fill(own, fast_step._first_half_twice(own))
     run()
 
 
@@ -511,6 +509,7 @@ def test_nothing_of_a_step_is_read_back_or_sent_to_the_device(loss, shortcut, mo
             targets, lr = torch.zeros(20, dtype=torch.int64), torch.zeros(())
             draw = [torch.zeros(8, dtype=torch.int64) for _ in range(3)]
             draw.append(torch.zeros(8, dtype=torch.bool))
+            draw += [torch.zeros(8, 0), torch.zeros(8, 0, 4), torch.zeros(8, 0)]  # nothing strong
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         make_momenta(optimizer)
         terms = {key: torch.zeros(shape, device="cuda") for key, shape in shapes.items()}

@@ -25,7 +25,7 @@ ACCURACIES |= {"medium_accuracy", "few_accuracy"}  # no class of the tiny folder
 SCORES = {f"{group}{score}" for group in ("", "head_", "tail_") for score in ("nll", "brier")}
 SCORES |= {"ece"}  # head_ece and tail_ece exist where the group is ever predicted
 METRICS = (
-    {"lr", "epoch", "train/loss", "train/images_per_second", "val/loss"}
+    {"lr", "epoch", "train/loss", "train/images_per_second", "val/loss", "peak_memory_bytes"}
     | {f"best/{name}" for name in ("epoch", "step", "val_balanced_accuracy")}
     | {f"val/{name}" for name in ACCURACIES}
     | {"temperature", "temperature_low", "temperature_high", "temperature_at_bound"}
@@ -84,7 +84,8 @@ def test_an_expert_run_holds_everything(finished, loss):
     assert set(run.data.params) == set(Config.model_fields) | {"splits_sha256", "num_parameters"}
     tags = run.data.tags
     assert (tags["stage"], tags["expert"], tags["data.source"]) == ("main", loss, "images")
-    assert (tags["device"], tags["precision"]) == ("cpu", "fp32")
+    assert (tags["device"], tags["precision"], tags["step_path"]) == ("cpu", "fp32", "plain")
+    assert 1e8 < run.data.metrics["peak_memory_bytes"] < 1e11
     assert tags["mlflow.note.content"].startswith(f"## {loss}")
     note = tags["mlflow.note.content"]
     assert "| &emsp;test_balanced | &emsp;test_lt | &emsp;val_lt |\n" in note

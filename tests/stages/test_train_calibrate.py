@@ -1,5 +1,6 @@
 """`train` on one day and `calibrate` on another give what `main` gives in one go."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlflow
@@ -10,6 +11,9 @@ from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
+from longtail_experts.learning.fast_step import RecordedSteps
+from longtail_experts.stages import train
+from longtail_experts.stages.inputs import state_before_training
 from longtail_experts.stages.train import Selection
 from longtail_experts.tracking.runs import RunError
 
@@ -150,3 +154,38 @@ def test_ties_go_to_the_later_checkpoint_but_do_not_count_as_better():
         assert selection.chooses(value, epoch, epoch)
     assert selection.best["epoch"] == 2
     assert selection.is_over
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_stage_does_not_know_whether_steps_are_replayed(
+    store, trained, tiny_arguments, monkeypatch, works
+):
+    """The recorder stands in for a GPU's. Where it fails, the run says at its end what ran."""
+
+    def stand_in():
+        def record(run):
+            if not works:
+                raise RuntimeError("no graphs here")
+            return run
+
+        return record
+
+    def recorded(*arguments):
+        state = state_before_training(*arguments)
+        state.recorded = RecordedSteps(stand_in)
+        return state
+
+    monkeypatch.setattr(train, "state_before_training", recorded)
+    (before,) = MlflowClient().search_runs([trained.info.experiment_id])
+    assert before.data.tags["step_path"] == "plain"
+    with pytest.warns(UserWarning, match="no graphs here") if not works else nullcontext():
+        assert main(["train", "--loss", "ce", *tiny_arguments]) == 0
+    runs = MlflowClient().search_runs([trained.info.experiment_id], max_results=5)
+    (after,) = [run for run in runs if run.info.run_id != trained.info.run_id]
+    assert after.data.tags["step_path"] == ("graph" if works else "plain")
+    for name in ("best.pt", "last.pt"):
+        ours, theirs = (
+            torch.load(artifact_folder(store, run.info.run_id) / "checkpoints" / name)["model"]
+            for run in (after, before)
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name

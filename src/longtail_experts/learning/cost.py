@@ -1,7 +1,9 @@
-"""What a training costs on this machine, before it starts: memory and time."""
+"""What a training costs on this machine: memory and time, before it starts and after."""
 
 import copy
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -79,6 +81,17 @@ def _kept_bytes(model: nn.Module, num_images: int, precision: str, device: str) 
     total = sum(kept.values())
     del loss  # until here it held what was kept, so that no address was used twice
     return total
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory that was in use: on a GPU, by tensors since the last call; on a CPU, by this
+    process since it began."""
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Pace(NamedTuple):

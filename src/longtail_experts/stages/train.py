@@ -25,7 +25,7 @@ from longtail_experts.data.batches import (
 )
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
-from longtail_experts.learning.cost import time_steps
+from longtail_experts.learning.cost import peak_memory_bytes, time_steps
 from longtail_experts.learning.fast_step import Batch
 from longtail_experts.learning.losses import Objective
 from longtail_experts.learning.metrics import accuracies
@@ -105,8 +105,12 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
         train_epochs(recorder, state, selection, first_epoch, config, data, lr_of)
         best, is_complete = selection.best, state.step == config.epochs * steps_per_epoch
         recorder.log_points((f"best/{name}", value, best["step"]) for name, value in best.items())
+        peak = peak_memory_bytes(config.device)
+        recorder.log_points([("peak_memory_bytes", peak, state.step - 1)])
+        print(f"{config.loss}: peak memory {peak / 1e6:.0f} MB ({config.device})", flush=True)
         recorder.finish()
-        run_.set_tags({"training": "complete" if is_complete else "early_stopped"})
+        training = "complete" if is_complete else "early_stopped"
+        run_.set_tags({"training": training, "step_path": state.path})
         recorder.forget()
 
 
