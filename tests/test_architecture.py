@@ -75,3 +75,19 @@ def test_the_command_line_starts_without_torch_and_mlflow():
         "assert not {'torch', 'mlflow', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)
+
+
+def test_what_takes_seconds_to_import_waits_until_it_is_needed():
+    """torchvision brings torch's compiler; a refusal needs neither torch nor mlflow."""
+    program = (
+        "import sys\n"
+        "from longtail_experts import cli\n"
+        "early = {'torch', 'mlflow', 'matplotlib'} & set(sys.modules)\n"
+        "from longtail_experts.stages import compare, main, preflight\n"
+        "late = {'torchvision', 'torch._dynamo', 'torch._inductor', 'sklearn'} & set(sys.modules)\n"
+        "print(sorted(early), sorted(late))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "[] []\n"

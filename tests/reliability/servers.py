@@ -51,7 +51,7 @@ class Server:
                 env={**clean, **self.environment},
                 start_new_session=True,
             )
-        wait_until(lambda: answers(self.url) or self.process.poll() is not None, 120)
+        wait_until(lambda: answers(self.url) or self.process.poll() is not None, 300)
         assert self.process.poll() is None, self.log.read_text()[-2000:]
 
     def stop(self) -> None:

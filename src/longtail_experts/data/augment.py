@@ -19,13 +19,11 @@ published long-tail results come from other code, PaCo's and BalPoE-CalibratedLT
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as F
 from torch import Tensor
-from torchvision.transforms.v2.functional import equalize
 
 from longtail_experts.data.sources import SIZE
 
@@ -128,14 +126,30 @@ def either_sign(name: str, level: int, num_levels: int) -> tuple[Operation, Oper
     return Operation(name, -plus if name in SIGNED else plus), Operation(name, plus)
 
 
+def _pixels() -> Any:
+    """torchvision's functions on images. It brings torch's compiler with it, which takes seconds
+    that plain batches need not wait for."""
+    import torchvision.transforms.functional as functional
+
+    return functional
+
+
+def _equalize(images: Tensor) -> Tensor:
+    from torchvision.transforms.v2.functional import equalize
+
+    return equalize(images)
+
+
 def _shift(images: Tensor, x: float = 0, y: float = 0) -> Tensor:
-    return F.affine(images, angle=0, translate=[int(x), int(y)], scale=1, shear=[0.0, 0.0])
+    return _pixels().affine(images, angle=0, translate=[int(x), int(y)], scale=1, shear=[0.0, 0.0])
 
 
 def _shear(images: Tensor, x: float = 0, y: float = 0) -> Tensor:
     """About the upper left corner, by tangents."""
     degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
-    return F.affine(images, angle=0, translate=[0, 0], scale=1, shear=degrees, center=[0, 0])
+    return _pixels().affine(
+        images, angle=0, translate=[0, 0], scale=1, shear=degrees, center=[0, 0]
+    )
 
 
 # (images uint8 [B, 3, H, W], magnitude) -> the same shape. All treat the images of a batch one by
@@ -146,16 +160,16 @@ KERNELS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "ShearY": lambda images, tangent: _shear(images, y=tangent),
     "TranslateX": lambda images, pixels: _shift(images, x=pixels),
     "TranslateY": lambda images, pixels: _shift(images, y=pixels),
-    "Rotate": F.rotate,
-    "Brightness": lambda images, extra: F.adjust_brightness(images, 1 + extra),
-    "Color": lambda images, extra: F.adjust_saturation(images, 1 + extra),
-    "Contrast": lambda images, extra: F.adjust_contrast(images, 1 + extra),
-    "Sharpness": lambda images, extra: F.adjust_sharpness(images, 1 + extra),
-    "Posterize": lambda images, bits: F.posterize(images, int(bits)),
-    "Solarize": F.solarize,
-    "AutoContrast": lambda images, _: F.autocontrast(images),
-    "Equalize": lambda images, _: equalize(images),
-    "Invert": lambda images, _: F.invert(images),
+    "Rotate": lambda images, degrees: _pixels().rotate(images, degrees),
+    "Brightness": lambda images, extra: _pixels().adjust_brightness(images, 1 + extra),
+    "Color": lambda images, extra: _pixels().adjust_saturation(images, 1 + extra),
+    "Contrast": lambda images, extra: _pixels().adjust_contrast(images, 1 + extra),
+    "Sharpness": lambda images, extra: _pixels().adjust_sharpness(images, 1 + extra),
+    "Posterize": lambda images, bits: _pixels().posterize(images, int(bits)),
+    "Solarize": lambda images, threshold: _pixels().solarize(images, threshold),
+    "AutoContrast": lambda images, _: _pixels().autocontrast(images),
+    "Equalize": lambda images, _: _equalize(images),
+    "Invert": lambda images, _: _pixels().invert(images),
 }
 
 _AUTO = [
