@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,9 +15,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LONGTAIL_OFFLINE"] = "1"
+# Set here for pytest and for the processes that it starts to run tests in.
+_pictures = Path(tempfile.gettempdir()) / f"longtail-screenshots-{os.getpid()}"
+os.environ.setdefault("LONGTAIL_SCREENSHOTS", str(_pictures))
 os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"  # other figures are looked at here
 
-SCREENSHOTS = pytest.StashKey[Path]()
 CLASS_COUNTS = {"ant": 60, "bee": 40, "cat": 28, "dog": 16, "eel": 6}
 TINY_EXPERT = {
     "source": "images",
@@ -59,18 +62,17 @@ def _missing_browser() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def screenshots(tmp_path_factory, pytestconfig) -> Path:
+def screenshots() -> Path:
     """Where the browser's tests keep what they saw."""
-    folder = os.environ.get("LONGTAIL_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    pytestconfig.stash[SCREENSHOTS] = Path(folder)
-    return Path(folder)
+    folder = Path(os.environ["LONGTAIL_SCREENSHOTS"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if folder := config.stash.get(SCREENSHOTS, None):
-        number = len(list(folder.glob("*.png")))
-        terminalreporter.write_line(f"{number} screenshots of the browser's tests: {folder}")
+def pytest_terminal_summary(terminalreporter):
+    folder = Path(os.environ["LONGTAIL_SCREENSHOTS"])
+    if pictures := sorted(folder.glob("*.png")):
+        terminalreporter.write_line(f"{len(pictures)} screenshots of pages: {folder}")
 
 
 @pytest.fixture(scope="session")

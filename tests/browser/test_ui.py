@@ -1,6 +1,6 @@
 """What a person sees: `mlflow ui` in a browser on the finished experts, and the comparison page.
 
-Screenshots are kept in LONGTAIL_SCREENSHOTS where that is set, else in pytest's own folder; pytest
+Screenshots are kept in LONGTAIL_SCREENSHOTS where that is set, else in a temporary folder; pytest
 says at its end where they are.
 """
 
@@ -22,7 +22,7 @@ from longtail_experts.tracking.runs import Run
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
-PATIENCE = 60_000  # milliseconds: a page that is being built on a busy machine
+PATIENCE = 180_000  # milliseconds: a page that is being built on a busy machine
 
 
 @pytest.fixture(scope="module")

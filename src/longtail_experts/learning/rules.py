@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 REFERENCE_LR, REFERENCE_BATCH = 0.1, 128  # He et al. (CVPR 2016), section 4.2
 RECIPE_LR = 0.4  # at the same batch: Narasimhan et al. (ICLR 2024), appendix F, with a warm-up
-RECIPE_WEIGHT_DECAY = 1e-4
+RECIPE_WEIGHT_DECAY, RECIPE_MOMENTUM = 1e-4, 0.9
 LDAM_WEIGHT_DECAY = 2e-4  # Cao et al. (NeurIPS 2019)
 FEW_IMAGES = 10  # of a class in the train split
 FEW_VALIDATIONS = 5
@@ -178,11 +178,31 @@ def weight_decay_rule(weight_decay: float) -> Finding:
         return Finding(
             "weight_decay", value, "note", "LDAM's value (2e-4), twice this recipe's 1e-4"
         )
-    if not 0.1 <= weight_decay / RECIPE_WEIGHT_DECAY <= 10:
+    ratio = weight_decay / RECIPE_WEIGHT_DECAY
+    if not 0.1 <= ratio <= 10:
         return Finding(
             "weight_decay", value, "warning", "more than ten times away from this recipe's 1e-4"
         )
+    if not math.isclose(ratio, 1):
+        return Finding("weight_decay", value, "note", f"{ratio:.3g} x this recipe's 1e-4")
     return Finding("weight_decay", value, "ok")
+
+
+def momentum_rule(momentum: float) -> Finding:
+    """What moves the weights in the long run is lr / (1 - momentum)."""
+    value, ratio = f"{momentum:g}", (1 - RECIPE_MOMENTUM) / (1 - momentum)
+    if math.isclose(ratio, 1):
+        return Finding("momentum", value, "ok")
+    says = f"moves the weights {ratio:.3g} x as far as 0.9 does, for which lr is judged"
+    return Finding("momentum", value, "note" if 0.25 <= ratio <= 4 else "warning", says)
+
+
+def lr_decay_rule(lr_decay: float, milestones: Sequence[int], lr_schedule: str) -> Finding:
+    value = f"{lr_decay:g}"
+    if lr_decay >= 1 and milestones and lr_schedule == "milestones":
+        says = "the rate does not fall at the milestones: give less than 1, as 0.1"
+        return Finding("lr_decay", value, "warning", says)
+    return Finding("lr_decay", value, "ok")
 
 
 def batch_rule(batch_size: int, num_images: int) -> Finding:
