@@ -302,15 +302,15 @@ def long_run(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "path"),
+    ("precision", "changes", "path"),
     [
-        ({}, "compiled"),
-        ({"fast": False}, "plain"),
-        ({"planned_images": COMPILE_REPAID_AFTER - 1}, "plain"),
+        ("fp32", {}, "compiled"),
+        ("fp32", {"fast": False}, "plain"),
+        ("fp32", {"planned_images": COMPILE_REPAID_AFTER - 1}, "plain"),
+        ("bf16", {}, "plain"),
     ],
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_only_a_run_that_repays_it_is_compiled(changes, path, precision, monkeypatch):
+def test_only_a_run_that_repays_it_is_compiled(precision, changes, path, monkeypatch):
     monkeypatch.setattr(step_module, "_compiles", lambda *args: True)
     state = start(resnet(), precision, **long_run(**changes))
     assert state.path == path

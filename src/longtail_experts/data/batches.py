@@ -40,7 +40,7 @@ def derive_seed(*parts: int | str) -> int:
 def normalise(images: Tensor) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in channels-last memory."""
     mean, std = _mean_and_std(images.device)
-    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    return (images / 255).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 @functools.cache

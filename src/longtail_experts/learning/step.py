@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from longtail_experts.learning.fast_step import Batch, CannotRecordError, RecordedSteps
 from longtail_experts.learning.losses import Objective
 
-# Compiling takes 10-60 s and saves about 0.6 ms an image (benchmarks/README.md): it has repaid
-# itself, twice over, after this many images.
+# In fp32, compiling takes 10-60 s and saves about 0.6 ms an image on a processor without bf16
+# instructions (benchmarks/README.md): it has repaid itself, twice over, after this many images. In
+# bf16 it saves nothing: batch norm and activations are as fast without.
 COMPILE_REPAID_AFTER = 200_000
 
 
@@ -84,13 +85,14 @@ def start_training(
 ) -> TrainState:
     """The state before the first step, on `device`.
 
-    With `fast`, a training of `planned_images` (epochs x images) that is long enough to repay
-    it compiles the step for batches of `batch_size`; on a GPU, steps are recorded and replayed.
-    That depends on these arguments alone, never on a timing, so that two runs of one seed take
-    the same steps.
+    With `fast`, steps on a GPU are recorded and replayed; on a CPU, a training in fp32 of
+    `planned_images` (epochs x images) that is long enough to repay it compiles the step for
+    batches of `batch_size`. That depends on these arguments alone, never on a timing, so that two
+    runs of one seed take the same steps.
     """
-    worthwhile = fast and device == "cpu" and planned_images >= COMPILE_REPAID_AFTER
-    compiled = worthwhile and _compiles(model, batch_size, precision)
+    is_long = planned_images >= COMPILE_REPAID_AFTER
+    worthwhile = fast and device == "cpu" and precision == "fp32" and is_long
+    compiled = worthwhile and _compiles(model, batch_size)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
@@ -99,12 +101,12 @@ def start_training(
     return TrainState(model, optimizer, batch_size if compiled else None, recorded)
 
 
-def _compiles(model: nn.Module, batch_size: int, precision: str) -> bool:
+def _compiles(model: nn.Module, batch_size: int) -> bool:
     """Compile the forward and backward pass on a copy; False, with a warning, where that fails."""
     trial = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
     images = torch.zeros(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     try:
-        with exact_float32(), autocast("cpu", precision):
+        with exact_float32():
             _compiled()(trial, images).float().sum().backward()
     except Exception as error:  # a missing C++ compiler, a full disk, a bug: all leave plain steps
         reason = str(error).strip().split("\n")[0]
