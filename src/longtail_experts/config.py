@@ -367,7 +367,7 @@ def parse_mapping(text: str, what: str) -> dict[Any, Any]:
         raise ConfigError(f"{what}: longer than {MAX_RECIPE:,} characters")
     try:
         values = yaml.safe_load(text)
-    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{what}: must hold `field: value` lines")

@@ -4,12 +4,13 @@ Each case is (what it is, a function that makes it and opens it, what the line m
 functions raise ConfigError, DataError, RunError or CheckpointError; anything else fails.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
-import resource
+import re
 import shutil
 import struct
 import zipfile
@@ -24,7 +25,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+from reliability.bounded import says_within
 
 from longtail_experts import load_expert_logits
 from longtail_experts.config import Config, ConfigError, make_config, parse_recipe
@@ -82,6 +84,10 @@ def test_a_bad_field_is_named_in_one_line(name, value):
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)
 )
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [{', '.join([f'*{chr(97 + i)}'] * 9)}]}}\n"
+    for i in range(9)
+)
 BAD_RECIPES = {
     "nothing": ("", "must hold `field: value` lines"),
     "a list": ("- 1\n- 2", "must hold `field: value` lines"),
@@ -98,6 +104,10 @@ BAD_RECIPES = {
     "unhashable key": ("? [a]\n: 1", "cannot be read"),
     "control characters": ("lr: \x07", "cannot be read"),
     "bad date": ("lr: 2020-99-99", "cannot be read"),
+    "number of many parts": (f"lr: {'1:' * 4000}1.5", "cannot be read"),
+    "merged a billion times": (MERGED, "must be one value or a flat list"),
+    "number of many digits": (f"lr: 0x{'f' * 90_000}", "lr="),
+    "a million keys": ("\n".join(f"k{i}: 1" for i in range(9000)), "unknown field 'k0'"),
     "long": ("# " + "x" * 200_000, "longer than"),
     "long list": (f"milestones: [{', '.join(map(str, range(1, 3000)))}]", "flat list"),
 }
@@ -107,9 +117,9 @@ BAD_RECIPES = {
 def test_a_bad_recipe_is_one_line(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text, says = BAD_RECIPES[kind]
-    with pytest.raises(ConfigError, match=says) as caught:
-        make_config(parse_recipe(text, "config=mine.yaml"))
-    assert len(str(caught.value).splitlines()) == 1
+    line = says_within(lambda: make_config(parse_recipe(text, "config=mine.yaml")), (ConfigError,))
+    assert says in line
+    assert len(line.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -148,6 +158,12 @@ def with_pickle(payload: bytes) -> bytes:
     return buffer.getvalue()
 
 
+# 300 float32 in the file, 500 million in its pickle
+GOOD_PICKLE_CLAIMS_MORE = with_pickle(
+    zipfile.ZipFile(io.BytesIO(GOOD))
+    .read("archive/data.pkl")
+    .replace(b"M" + struct.pack("<H", 300), b"J" + struct.pack("<i", 500_000_000))
+)
 BAD_CHECKPOINTS: dict[str, bytes] = {
     "empty": b"",
     "text": b"not a checkpoint",
@@ -159,12 +175,26 @@ BAD_CHECKPOINTS: dict[str, bytes] = {
     "pickle of protocol 0": with_pickle(b"cos\nsystem\n(S'touch pwned'\ntR."),
     "half a pickle": with_pickle(b"\x80\x02}q\x00("),
     "zip bomb": zip_bomb(),
+    "bytearray bomb": with_pickle(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R."),
+    "tensor bomb": with_pickle(b"\x80\x02ctorch\nTensor\nJ\x00\x00\x00\x7f\x85R."),
+    "storage bomb": with_pickle(b"\x80\x02ctorch\nFloatTensor\nJ\x00\x00\x00\x7f\x85R."),
+    "set bomb": with_pickle(b"\x80\x02cbuiltins\nset\n]\x85R."),
+    "one value a billion times": saved(
+        {"model": {"fc.bias": torch.zeros(1).expand(10**9)}, "epoch": 1, "step": 1}
+    ),
+    "one loss a billion times": saved(
+        {"model": {}, "losses": [torch.zeros(1).expand(10**9)], "epoch": 1, "step": 1}
+    ),
+    "more values than there are": GOOD_PICKLE_CLAIMS_MORE,
     "zip of nothing": (lambda b: (zipfile.ZipFile(b, "w").close(), b.getvalue())[1])(io.BytesIO()),
     "a list": saved([1, 2, 3]),
     "a number": saved(7),
     "no model": saved({"epoch": 1, "step": 1}),
     "no epoch": saved({"model": {}, "step": 1}),
     "epoch is text": saved({"model": {}, "epoch": "1", "step": 1}),
+    "epoch is negative": saved({"model": {}, "epoch": -1, "step": 1}),
+    "step is huge": saved({"model": {}, "epoch": 1, "step": 10**30}),
+    "step is true": saved({"model": {}, "epoch": 1, "step": True}),
     "step is NaN": saved({"model": {}, "epoch": 1, "step": float("nan")}),
     "model is a list": saved({"model": [], "epoch": 1, "step": 1}),
     "weights are text": saved({"model": {"fc.bias": "x"}, "epoch": 1, "step": 1}),
@@ -185,11 +215,7 @@ def test_a_bad_checkpoint_is_refused_unexecuted(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"
     path.write_bytes(BAD_CHECKPOINTS[kind])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError) as caught:
-        read_file(path)
-    assert len(str(caught.value).splitlines()) <= 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    assert len(says_within(lambda: read_file(path), (CheckpointError,)).splitlines()) <= 1
     assert not (tmp_path / "pwned").exists()
 
 
@@ -296,9 +322,9 @@ def test_bad_logits_are_refused_even_with_the_right_hash(kind, artifacts, three_
         artifacts / "logits/manifest.json",
         lambda m: m["files"]["calib"].__setitem__("sha256", sha256),
     )
-    with pytest.raises(RunError, match=r"calib\.npz") as caught:
-        load_expert_logits(three_experts["ce"])
-    assert len(str(caught.value).splitlines()) == 1
+    line = says_within(lambda: load_expert_logits(three_experts["ce"]), (RunError,))
+    assert "calib.npz" in line
+    assert len(line.splitlines()) == 1
     assert not (tmp_path / "pwned").exists()
 
 
@@ -415,6 +441,15 @@ def huge_png() -> bytes:
     return bytes(content)
 
 
+def png_with_text_bomb() -> bytes:
+    """A compressed comment of 200 MB."""
+    packed = b"Comment\0\0" + zlib.compress(bytes(200_000_000))
+    chunk = struct.pack(">I", len(packed)) + b"zTXt" + packed
+    chunk += struct.pack(">I", zlib.crc32(b"zTXt" + packed))
+    content = png()
+    return content[:33] + chunk + content[33:]
+
+
 BAD_IMAGES: dict[str, bytes] = {
     "empty": b"",
     "text": b"<html>not found</html>",
@@ -423,6 +458,12 @@ BAD_IMAGES: dict[str, bytes] = {
     "flipped": flip(png((64, 64)), 0.1),
     "header alone": png()[:8],
     "pickled code": pickle.dumps(Touch()),
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n",
+    "huge bitmap": b"P6 65000 65000 255 " + bytes(100),
+    "negative bitmap": b"P6 -1 32 255 " + bytes(100),
+    "huge GIF": b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + bytes(100),
+    "huge TIFF": png((32, 32), "TIFF").replace(struct.pack("<I", 32), struct.pack("<I", 10**9)),
+    "text that unpacks to much": png_with_text_bomb(),
 }
 
 
@@ -440,9 +481,29 @@ def test_a_bad_image_is_named(kind, small_folder, monkeypatch):
     monkeypatch.setenv("LONGTAIL_CACHE_DIR", str(small_folder / "cache"))
     bad = small_folder / "train" / "bee" / "1.png"
     bad.write_bytes(BAD_IMAGES[kind])
-    with pytest.raises(DataError, match=r"bee.1\.png") as caught:
+    line = says_within(lambda: load_images("images", str(small_folder)), (DataError,))
+    assert re.search(r"bee.1\.png", line)
+    assert len(line.splitlines()) == 1
+
+
+def test_no_image_is_handed_to_another_program(small_folder, monkeypatch):
+    """Pillow gives PostScript, whatever the file is called, to the first `gs` on PATH."""
+    programs = small_folder / "bin"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {small_folder}/pwned\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    monkeypatch.setenv("LONGTAIL_CACHE_DIR", str(small_folder / "cache"))
+    bad = small_folder / "train" / "bee" / "1.png"
+    bad.write_bytes(BAD_IMAGES["PostScript"])
+    with contextlib.suppress(OSError), Image.open(bad) as image:  # what is guarded against
+        image.load()
+    assert (small_folder / "pwned").exists()
+    (small_folder / "pwned").unlink()
+    with pytest.raises(DataError):
         load_images("images", str(small_folder))
-    assert len(str(caught.value).splitlines()) == 1
+    assert not (small_folder / "pwned").exists()
 
 
 def test_pipes_and_devices_in_a_folder_are_not_opened(small_folder, monkeypatch):
@@ -494,6 +555,28 @@ BAD_PARQUETS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "more than CIFAR-100 can have",
     ),
+    "one image of megabytes, 500 times": (
+        lambda p: parquet(
+            p,
+            [{"bytes": png() + bytes(6_000_000)}] * 500,
+            [1] * 500,
+            compression="zstd",
+            dictionary_pagesize_limit=2**30,
+            write_batch_size=10,
+        ),
+        "6,000,091 bytes for one image",
+    ),
+    "one image of megabytes, as differences": (
+        lambda p: parquet(
+            p,
+            [{"bytes": png() + bytes(1_000_000)}] * 300,
+            [1] * 300,
+            compression="zstd",
+            use_dictionary=False,
+            column_encoding={"img.bytes": "DELTA_BYTE_ARRAY"},
+        ),
+        "not a parquet file",
+    ),
     "no rows": (
         lambda p: pyarrow.parquet.write_table(
             pyarrow.table(
@@ -516,9 +599,9 @@ def test_a_bad_parquet_is_one_line(kind, tmp_path, monkeypatch):
     make, says = BAD_PARQUETS[kind]
     make(tmp_path / "train.parquet")
     parquet(tmp_path / "test.parquet", [IMAGE], [1])
-    with pytest.raises(DataError, match=says) as caught:
-        load_images("cifar100", str(tmp_path))
-    assert len(str(caught.value).splitlines()) == 1
+    line = says_within(lambda: load_images("cifar100", str(tmp_path)), (DataError,))
+    assert says in line
+    assert len(line.splitlines()) == 1
 
 
 # --- anything at all ----------------------------------------------------------------------------

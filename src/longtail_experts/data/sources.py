@@ -30,9 +30,12 @@ log = logging.getLogger(__name__)
 
 SIZE = 32
 MAX_ROWS = 60_000  # either CIFAR has 50,000 + 10,000
-MAX_UNPACKED = 2**31  # bytes of a parquet file's columns; CIFAR has 0.2 GB
+MAX_UNPACKED = 2**30  # bytes of a parquet file's columns; CIFAR has 0.2 GB
 PARQUET_ROWS = 500  # decoded at a time
+MAX_IMAGE_BYTES = 100_000  # of one image of a parquet file; 32x32 pixels raw have 3,072
 MAX_PIXELS = 50_000_000  # of one image of a folder, before it is decoded
+# Named, because Pillow goes by the content: it would run Ghostscript for PostScript in a .png.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
@@ -239,7 +242,8 @@ def _read_parquet(
     images, labels, names = [], [], None
     for path in paths:
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            # As a dictionary, a value that a few bytes repeat a thousand times is held once.
+            with pyarrow.parquet.ParquetFile(path, read_dictionary=["img.bytes"]) as file:
                 about = file.metadata
                 unpacked = sum(
                     about.row_group(i).total_byte_size for i in range(about.num_row_groups)
@@ -270,15 +274,16 @@ def _rows_of(cifar: Cifar, file: Any, path: Path) -> Iterator[tuple[np.ndarray, 
     """(uint8 [32, 32, 3], label) of every row, each checked before it is decoded."""
     row = 0
     for batch in file.iter_batches(PARQUET_ROWS, columns=["img", cifar.label]):
-        cells, labels = batch["img"].to_pylist(), batch[cifar.label].to_pylist()
-        for cell, label in zip(cells, labels, strict=True):
+        for cell, label in zip(batch["img"], batch[cifar.label].to_pylist(), strict=True):
             if type(label) is not int or not 0 <= label < cifar.num_classes:
                 raise DataError(
                     f"{path}: row {row}: {cifar.label}={label} is not in 0..{cifar.num_classes - 1}"
                 )
-            data = cell["bytes"]
+            data = cell.as_py()["bytes"]
             if not isinstance(data, bytes):
                 raise DataError(f"{path}: row {row}: img.bytes holds no bytes")
+            if len(data) > MAX_IMAGE_BYTES:
+                raise DataError(f"{path}: row {row}: {len(data):,} bytes for one image")
             yield _decode(BytesIO(data), f"{path}: row {row}", exactly=SIZE), label
             row += 1
 
@@ -356,7 +361,7 @@ def _decode(file: BytesIO | Path, where: str, exactly: int | None = None) -> np.
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if exactly and (width, height) != (exactly, exactly):
                 raise DataError(f"{where}: image is {width}x{height}, not {exactly}x{exactly}")
@@ -368,7 +373,7 @@ def _decode(file: BytesIO | Path, where: str, exactly: int | None = None) -> np.
             return np.asarray(image)
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: not a readable image ({type(error).__name__})") from None
 
 

@@ -1,8 +1,11 @@
 """Checkpoints: tensors and plain values, float32, read with weights_only=True."""
 
 import pickle
+import pickletools
 import random
+import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longtail_experts.config import shorten
 from longtail_experts.data.archives import require_honest_zip
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.runs import Run, RunError
 
 MAX_BYTES = 2**30  # of a checkpoint; a ResNet-32 with its momentum has 6 MB
+MAX_COUNT = 2**53  # of steps or epochs
+# All that a file of tensors and plain values names. weights_only=True lets a file call more, of
+# which bytearray(10**10) and torch.Tensor(10**10) are a few bytes that ask for gigabytes.
+BUILDERS = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch \w+Storage")
 
 
 class CheckpointError(ValueError):
@@ -53,20 +61,26 @@ def read_checkpoint(run: Run, name: str) -> dict[str, Any]:
 def read_file(path: Path) -> dict[str, Any]:
     """A whole checkpoint, on the CPU; CheckpointError where a byte of it is wrong.
 
-    Sizes and checksums of the zip that torch writes are checked before anything is unpacked.
+    Sizes and checksums of the zip that torch writes, and what its pickle names, are checked before
+    anything is unpacked.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise CheckpointError(f"larger than {MAX_BYTES:,} bytes")
         with zipfile.ZipFile(path) as archive:
             require_honest_zip(archive, path)
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    _require_plain(archive.read(name))
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if any(t.nbytes > t.untyped_storage().nbytes() for t in _tensors_of(content)):
+            raise CheckpointError("a tensor claims more values than it holds")
         weights = content["model"]
         if not isinstance(weights, dict) or not all(map(_is_weight, weights.values())):
             raise CheckpointError("model is not a dict of float32 tensors")
         for name in ("epoch", "step"):
-            if type(content[name]) is not int:
-                raise CheckpointError(f"{name} is not an integer")
+            if type(content[name]) is not int or not 0 <= content[name] < MAX_COUNT:
+                raise CheckpointError(f"{name} is not a count")
     except CheckpointError:
         raise
     except (
@@ -80,9 +94,24 @@ def read_file(path: Path) -> dict[str, Any]:
         TypeError,
         ValueError,
         AttributeError,
+        MemoryError,
     ) as error:
         raise CheckpointError(first_line(error)[:200]) from None
     return content
+
+
+def _require_plain(pickled: bytes) -> None:
+    for code, named, _ in pickletools.genops(pickled):
+        if code.name == "GLOBAL" and not BUILDERS.fullmatch(named):
+            raise CheckpointError(f"names {shorten(named)}, which no checkpoint of ours does")
+
+
+def _tensors_of(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _tensors_of(part)
 
 
 def _is_weight(value: Any) -> bool:
