@@ -319,6 +319,10 @@ def is_training(folder: Path, number: int) -> bool:
     return sum(b"\n" in path.read_bytes() for path in journals) >= number
 
 
+def has_ended(sweep: Training) -> bool:
+    return sweep.process.exitcode is not None
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
@@ -326,7 +330,7 @@ def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
     arguments = ["sweep", "--sweep", write(store, fixed=fixed, grid={"seed": [0, 1]})]
 
     sweep = Training(store, arguments)
-    wait_until(lambda: is_training(store, 2), what="both trials train")
+    wait_until(lambda: is_training(store, 2) or has_ended(sweep), what="both trials train")
     sweep.kill(signal.SIGINT)
     assert sweep.wait() == 130, sweep.output
     (parent,) = runs("sweep")
@@ -338,9 +342,11 @@ def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
 
     before = journal_lines(store)
     sweep = Training(store, arguments)
-    wait_until(lambda: journal_lines(store) > before + 20, what="the trials go on")
+    wait_until(
+        lambda: journal_lines(store) > before + 20 or has_ended(sweep), what="the trials go on"
+    )
     sweep.kill(signal.SIGKILL)
-    sweep.wait()
+    assert sweep.wait() == -9, sweep.output
     assert {run.info.status for run in runs("main")} == {"RUNNING"}
 
     sweep = Training(store, arguments)
@@ -376,7 +382,7 @@ def ray_node(name: str, *options: str, **environment: str) -> Iterator[subproces
         *("--object-store-memory=100000000", f"--temp-dir={place}", *options),
     ]
     log = Path(place) / "start.log"
-    environment = {**os.environ, **environment}
+    environment = {**os.environ, "RAY_raylet_start_wait_time_s": "180", **environment}
     del environment[LOOPBACK]  # with it, no second node may join
     with log.open("wb") as output:
         node = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -423,10 +429,10 @@ def test_a_cluster_that_loses_a_node_finishes_every_trial(store, tiny_arguments)
 
         sweep = Training(store, ["sweep", "--sweep", file, "--address", address], **secret)
         wait_until(
-            lambda: is_training(store, 2) or sweep.process.exitcode is not None,
+            lambda: is_training(store, 2) or has_ended(sweep),
             what="a trial trains on each node",
         )
-        assert sweep.process.exitcode is None, sweep.output
+        assert not has_ended(sweep), sweep.output
         theirs = {str(p.pid) for p in psutil.Process(second.pid).children(recursive=True)}
         running = [run for run in runs("main") if run.info.status == "RUNNING"]
         lost = [run for run in running if run.data.tags["pid"] in theirs]

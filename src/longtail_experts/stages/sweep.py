@@ -42,6 +42,7 @@ LOCAL = "local"
 ATTEMPTS = 2  # at a trial that fails, or whose worker is lost
 SHARE_OF_A_GPU = 1 / 3  # a ResNet-32 leaves most of one idle
 PAGE_EVERY = 15.0  # seconds between two looks at what is running, and at the sweep's page
+START_WITHIN = "180"  # seconds; Ray gives itself 30, which a busy machine does not keep
 STOPPING = 60.0  # seconds in which trials told to stop write their checkpoints
 OBJECT_STORE = 100 * 2**20  # bytes; configs and outcomes are all that is passed around
 NAMED = 5  # failed trials in the last line
@@ -227,6 +228,7 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
     """Ray, started on this host for as long as the block lasts, or joined at `address`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # it would send the whole folder along
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", START_WITHIN)
     options: dict[str, Any] = {}
     if address == LOCAL:
         # Read when Ray is imported. Ray's own name for it: listen on the loopback device only.
