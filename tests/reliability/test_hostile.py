@@ -148,6 +148,14 @@ def flip(content: bytes, at: float) -> bytes:
     return bytes(changed)
 
 
+def said_to_be_compressed(content: bytes) -> bytes:
+    """The same zip, in whose directory every part is called compressed."""
+    start, *entries = content.split(b"PK\x01\x02")
+    method = struct.pack("<H", zipfile.ZIP_DEFLATED)
+    deflated = [entry[:6] + method + entry[8:] for entry in entries]
+    return b"PK\x01\x02".join([start, *deflated])
+
+
 def with_pickle(payload: bytes) -> bytes:
     """A torch file whose pickle is another."""
     source, buffer = zipfile.ZipFile(io.BytesIO(GOOD)), io.BytesIO()
@@ -175,6 +183,7 @@ BAD_CHECKPOINTS: dict[str, bytes] = {
     "pickle of protocol 0": with_pickle(b"cos\nsystem\n(S'touch pwned'\ntR."),
     "half a pickle": with_pickle(b"\x80\x02}q\x00("),
     "zip bomb": zip_bomb(),
+    "said to be compressed": said_to_be_compressed(GOOD),
     "bytearray bomb": with_pickle(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R."),
     "tensor bomb": with_pickle(b"\x80\x02ctorch\nTensor\nJ\x00\x00\x00\x7f\x85R."),
     "storage bomb": with_pickle(b"\x80\x02ctorch\nFloatTensor\nJ\x00\x00\x00\x7f\x85R."),
@@ -297,6 +306,7 @@ BAD_LOGITS: dict[str, Callable[[Path], bytes]] = {
     "object dtype": lambda f: npz_header("(2,)", "|O"),
     "code for a header": lambda f: npz_header("__import__('os').system('touch pwned')"),
     "zip bomb": lambda f: zip_bomb(),
+    "said to be compressed": lambda f: said_to_be_compressed(npz(**good_arrays(f))),
     "NaN": altered("logits", spoiled(np.nan)),
     "inf": altered("logits", spoiled(np.inf)),
     "negative target": altered("targets", spoiled(-1)),
@@ -564,7 +574,7 @@ BAD_PARQUETS: dict[str, tuple[Callable[[Path], object], str]] = {
             dictionary_pagesize_limit=2**30,
             write_batch_size=10,
         ),
-        "6,000,091 bytes for one image",
+        "bytes for one image",
     ),
     "one image of megabytes, as differences": (
         lambda p: parquet(

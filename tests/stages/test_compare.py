@@ -361,7 +361,7 @@ def test_a_sweep_is_studied_whatever_its_size(store, capsys):
     assert files == {f"study/{name}" for name in names}
     assert run.data.tags["sweep"] == sweep
     assert run.info.status == "FINISHED"
-    note = run.data.tags["mlflow.note.content"]
+    note = run.data.tags["mlflow.note.content"].replace("&emsp;", "")
     assert note.startswith("### Accuracy on test_balanced, training noise only")
     assert "| logit_adjust | 15 | 40.70 ± 0.25 |" in note  # t(14) s / sqrt(15), s = sqrt(20) / 10
     assert "| logit_adjust | 15 | **+5.00 ± 0.00** |" in note

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from longtail_experts.tracking.checkpoints import read_checkpoint
@@ -51,7 +52,7 @@ def test_an_experiment_made_by_mlflow_ui_is_detected(store, monkeypatch):
 
 def test_more_points_than_one_request_holds(store):
     with start_run("a", {}) as run:
-        run.log_points(("lr", step / 10, step) for step in range(2500))
+        run.log_metric_points([Metric("lr", step / 10, 0, step) for step in range(2500)])
     assert run.history("lr") == [(step, step / 10) for step in range(2500)]
 
 

@@ -11,8 +11,10 @@ HEADER_BYTES = 100_000  # what numpy accepts of an array's header is far less
 
 
 def require_honest_zip(archive: zipfile.ZipFile, path: Path) -> None:
-    """ValueError where the archive claims to hold more than the file has bytes, or its
-    checksums do not fit; what torch and numpy write is not compressed."""
+    """ValueError where a part is compressed, which torch and numpy never do here, where the parts
+    claim more bytes than the file has, or where a checksum does not fit."""
+    if packed := [e.filename for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED]:
+        raise ValueError(f"{packed[0]} is compressed")
     unpacked, size = sum(e.file_size for e in archive.infolist()), path.stat().st_size
     if unpacked > size:
         raise ValueError(f"{unpacked:,} bytes in a file of {size:,}")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from longtail_experts.config import shorten
 from longtail_experts.tracking import results_page, study_report
 from longtail_experts.tracking.runs import RunError, launched_run
 from longtail_experts.tracking.study import read_sweep
@@ -36,17 +37,21 @@ def run(sweep_ids: Sequence[str], out: Path) -> None:
                 for name in (*names, out.name):
                     os.replace(folder / name, out.parent / name)
         except OSError as error:
-            raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
+            raise cannot_write(out, error) from None
     print(f"{out}: {len(studies)} sweeps, {sum(len(s.trials) for s in studies)} trainings")
 
 
 def require_usable(out: Path) -> None:
     if out.suffix != ".md" or out.is_dir():
-        raise RunError(f"out={out}: give the name of a Markdown file, as docs/results.md")
+        raise RunError(f"out={shorten(out)}: give the name of a Markdown file, as docs/results.md")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
+        raise cannot_write(out, error) from None
+
+
+def cannot_write(out: Path, error: OSError) -> RunError:
+    return RunError(f"out={shorten(out)}: cannot be written ({error.strerror or error})")
 
 
 def as_given(out: Path) -> str:
