@@ -36,7 +36,7 @@ def run_page(page: Page, address: str, out: str) -> None:
     if assistant.count():
         assistant.first.click()
     page.get_by_text("Show more", exact=True).first.click()
-    picture = page.get_by_role("img", name="learning curves")
+    picture = page.locator("img[src*='learning_curves.png']")
     if picture.count():
         page.wait_for_function("i => i.naturalWidth", arg=picture.element_handle())
     below = page.get_by_text("Show less", exact=True).first.bounding_box()

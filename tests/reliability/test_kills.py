@@ -3,7 +3,10 @@
 import os
 import random
 import signal
+import sqlite3
 import time
+from contextlib import closing
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -118,10 +121,22 @@ def test_a_run_killed_again_and_again_still_ends_the_same(store, undisturbed, ar
     assert_same_training(run_id, reference)
 
 
+def stop_between_writes(training: Training, store: Path) -> None:
+    """SIGSTOP at a moment when the training does not hold the lock of the SQLite store."""
+    while True:
+        training.kill(signal.SIGSTOP)
+        with closing(sqlite3.connect(store / "mlflow.db", timeout=0.5)) as database:
+            try:
+                database.execute("BEGIN EXCLUSIVE")
+                return
+            except sqlite3.OperationalError:
+                training.kill(signal.SIGCONT)
+
+
 def test_a_run_cut_off_is_offered_and_reaped(store, arguments):
     training = Training(store, ["train", "--loss", "ce", *arguments])
     wait_until(lambda: journal_lines(store) > 12)
-    training.kill(signal.SIGSTOP)  # alive, but it shall not be done before we are
+    stop_between_writes(training, store)  # alive, but it shall not be done before we are
     (run,) = training_runs()
     run_id = run.info.run_id
 
