@@ -115,8 +115,10 @@ def newest(unfinished: Mapping[str, Sequence[mlflow.entities.Run]], key: Key) ->
 
 
 def running_trials(parent: Run) -> dict[str, str]:
-    """Run ids of the trials that are under way, by config_sha256."""
-    running = _children(parent, " and attributes.status = 'RUNNING'")
+    """Run ids of the trials that are under way, by config_sha256; not of those whose process was
+    lost, which stay RUNNING in the store until they are taken up again."""
+    left = _children(parent, " and attributes.status = 'RUNNING'")
+    running = [r for r in left if is_alive(r.data.tags) or not is_on_this_host(r.data.tags)]
     return {run.data.tags.get("config_sha256", ""): run.info.run_id for run in running}
 
 
