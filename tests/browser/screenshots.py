@@ -6,8 +6,9 @@
     python tests/browser/screenshots.py --run_id <expert> --page curves --out curves.png
 
 In the folder of `mlflow.db`, or with --store sqlite:///PATH; needs Chromium and playwright. `run`
-(the default): the page in `mlflow ui`, its description unfolded, without MLflow's own columns
-beside it. `comparison`: comparison/index.html, whole. `curves`: the saved view of the experiment.
+(the default): the page in `mlflow ui` down to the success checklist, without MLflow's own columns
+beside it. `comparison`: comparison/index.html down to its second figure. `curves`: the saved view
+of the experiment.
 """
 
 import argparse
@@ -39,12 +40,18 @@ def run_page(page: Page, address: str, out: str) -> None:
     picture = page.locator("img[src*='learning_curves.png']")
     if picture.count():
         page.wait_for_function("i => i.naturalWidth", arg=picture.element_handle())
-    below = page.get_by_text("Show less", exact=True).first.bounding_box()
-    side = page.get_by_text("Evaluation runs").first.bounding_box()
-    left = side["x"] + side["width"] + 40
-    end = min(below["y"] + below["height"] + 8, 2400)
+    left = page.get_by_text("About this run").first.bounding_box()["x"] - 16
+    end = page.get_by_role("heading", name="What was done").bounding_box()["y"] - 8
     clip = {"x": left, "y": 0, "width": WIDTH["run"] - left, "height": end}
     page.screenshot(path=out, clip=clip)
+
+
+def comparison(page: Page, address: str, out: str) -> None:
+    """Down to the second figure."""
+    page.goto(address)
+    end = page.locator("figure").nth(1).bounding_box()
+    clip = {"x": 0, "y": 0, "width": WIDTH["comparison"], "height": end["y"] + end["height"]}
+    page.screenshot(path=out, clip=clip, full_page=True)
 
 
 def curves(page: Page, address: str, out: str) -> None:
@@ -74,8 +81,7 @@ def main() -> None:
             file = mlflow.artifacts.download_artifacts(
                 run_id=given.run_id, artifact_path="comparison/index.html", dst_path=scratch
             )
-            page.goto(Path(file).as_uri())
-            page.screenshot(path=given.out, full_page=True)
+            comparison(page, Path(file).as_uri(), given.out)
         else:
             server = Server(Path(scratch), "ui", "--backend-store-uri", given.store)
             try:
