@@ -118,8 +118,9 @@ def test_a_signal_at_any_step_ends_in_the_same_weights(
     assert all(torch.equal(ours[1][name], weights) for name, weights in theirs[1].items())
 
 
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_deferred_loss_under_strong_augmentation_goes_on_in_mid_epoch(
-    store, tiny_arguments, monkeypatch
+    precision, store, tiny_arguments, monkeypatch
 ):
     """What chance decides of policy, holes and shares, and when the weights act, is where it was
     as well; a cosine with a warm-up by epochs takes the place of milestones."""
@@ -130,6 +131,7 @@ def test_a_deferred_loss_under_strong_augmentation_goes_on_in_mid_epoch(
             "warmup_steps": "0",
             "warmup_epochs": "2",
             "reweight_from": "1",
+            "precision": precision,
         },
     }
     arguments = [*tiny_arguments, *(p for k, v in fields.items() for p in (f"--{k}", v))]
