@@ -74,7 +74,7 @@ def test_sigterm_ends_the_run_as_killed(store, tiny_arguments):
     command = [sys.executable, "-m", "longtail_experts", "train", *tiny_arguments]
     source = Path(__file__).resolve().parents[2] / "src"
     process = subprocess.Popen(
-        [*command, "--epochs", "5000"],
+        [*command, "--epochs", "5000", "--fast", "false"],
         env={**os.environ, "PYTHONPATH": str(source)},
         stderr=subprocess.DEVNULL,
     )
