@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -77,18 +78,14 @@ class TrackingServer(Server):
 
 
 class PostgreSQL:
-    """A fresh cluster in `folder`; needs Debian's package postgresql."""
+    """A fresh cluster in a folder of its own; needs Debian's package postgresql."""
 
-    def __init__(self, folder: Path):
+    def __init__(self) -> None:
         self.port = free_port()
-        self.data = folder / "postgresql"
-        self.data.mkdir()
-        # PostgreSQL refuses to run as root.
+        # Not below pytest's folders, which are for one user: PostgreSQL refuses to run as root.
+        self.data = Path(tempfile.mkdtemp(prefix="longtail-postgresql-"))
         if os.getuid() == 0:
             shutil.chown(self.data, "postgres")
-            for parent in (folder, *folder.parents):
-                if parent.stat().st_uid == 0 and parent != Path("/"):
-                    parent.chmod(parent.stat().st_mode | 0o011)
         self.run("initdb", "-D", str(self.data), "-A", "trust", "-U", "mlflow")
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.data}"
         self.run("pg_ctl", "-D", str(self.data), "-o", options, "-l", f"{self.data}/log", "start")
@@ -117,3 +114,4 @@ class PostgreSQL:
 
     def stop(self) -> None:
         self.run("pg_ctl", "-D", str(self.data), "-m", "fast", "stop")
+        shutil.rmtree(self.data)

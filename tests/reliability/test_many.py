@@ -45,7 +45,7 @@ def sqlite_server(empty_folder, monkeypatch):
 
 @pytest.fixture
 def postgresql_server(empty_folder, monkeypatch):
-    database = PostgreSQL(empty_folder)
+    database = PostgreSQL()
     try:
         server = TrackingServer(empty_folder, database.uri)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
