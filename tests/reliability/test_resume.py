@@ -13,7 +13,7 @@ from reliability.harness import history, last_checkpoint, training_runs
 
 from longtail_experts.cli import main
 from longtail_experts.learning import step as steps
-from longtail_experts.tracking.recorder import local_folder
+from longtail_experts.tracking.recorder import Recorder, local_folder
 from longtail_experts.tracking.runs import Run
 
 
@@ -116,6 +116,27 @@ def test_a_signal_at_any_step_ends_in_the_same_weights(
         theirs = history(three_experts["ce"]), last_checkpoint(three_experts["ce"])["model"]
     assert ours[0] == {name: theirs[0][name] for name in ours[0]}
     assert all(torch.equal(ours[1][name], weights) for name, weights in theirs[1].items())
+
+
+def test_a_last_checkpoint_not_yet_sent_at_the_end_is_sent_by_resuming(
+    store, tiny_arguments, monkeypatch
+):
+    def away(*_: object) -> None:
+        raise OSError("no answer")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "_upload", away)
+        patch.setattr(Recorder, "finish", interrupted)
+        assert main(["train", "--loss", "ce", *tiny_arguments]) == 130
+    (run,) = training_runs()
+    run_id = run.info.run_id
+    assert not Run(run_id).has_artifact("checkpoints/last.pt")
+    assert main(["train", "--resume", run_id]) == 0
+    assert last_checkpoint(run_id)["step"] == 47
+    assert Run(run_id).has_artifact("checkpoints/best.pt")
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])

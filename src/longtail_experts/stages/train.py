@@ -332,6 +332,8 @@ def restore(
             f"run {run_.run_id}: last.pt cannot be resumed from ({first_line(error)})"
         ) from None
     recorder.recall(points)
+    # Both once more: a process that was cut off after its last step may not have sent them.
+    recorder.save_checkpoint("last", checkpoint)
     if selection.best:
         recorder.save_checkpoint("best", selection.best_checkpoint)
     return checkpoint["epoch"] + (not state.losses)
