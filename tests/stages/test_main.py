@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import threading
 from pathlib import Path
 
 import mlflow
@@ -15,10 +18,12 @@ from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
-from longtail_experts.config import Config
+from longtail_experts.config import Config, make_config
 from longtail_experts.stages import main as main_stage
+from longtail_experts.stages import train as train_stage
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
+STEPS_AN_EPOCH = 8
 SPLITS = ("train", "tuneV", "val_small", "calib", "val_lt", "test_lt", "test_balanced")
 ACCURACIES = {"accuracy", "balanced_accuracy", "head_accuracy", "tail_accuracy"}
 ACCURACIES |= {"medium_accuracy", "few_accuracy"}  # no class of the tiny folder has over 100
@@ -216,14 +221,117 @@ def test_checkpoints_hold_plain_float32(finished):
 
 def test_the_child_of_all_equals_the_expert_trained_alone(store, three_experts, tiny_arguments):
     assert main(["main", "--loss", "ce", *tiny_arguments]) == 0
-    alone = MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])[0]
+    alone = all_runs()[0]
     assert "mlflow.parentRunId" not in alone.data.tags
-    theirs = Path(three_experts["folder"]).glob(
-        f"mlruns/*/{three_experts['ce']}/artifacts/logits/*"
+    assert_same_logits(store, alone.info.run_id, three_experts, "ce")
+
+
+def all_runs() -> list:
+    return MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])
+
+
+def assert_same_logits(store: Path, run_id: str, three_experts: dict[str, str], loss: str) -> None:
+    """Byte for byte those of `main loss=all`, whose experts were trained one after another."""
+    theirs = list(
+        Path(three_experts["folder"]).glob(f"mlruns/*/{three_experts[loss]}/artifacts/logits/*")
     )
-    ours = next(store.glob(f"mlruns/*/{alone.info.run_id}/artifacts/logits"))
+    ours = next(store.glob(f"mlruns/*/{run_id}/artifacts/logits"))
+    assert len(theirs) == len(SPLITS) + 1
     for path in theirs:
         assert path.read_bytes() == (ours / path.name).read_bytes(), path.name
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """As on a GPU: experts train at the same time. Calls what a test appends before each epoch."""
+    before_epoch = []
+    original = train_stage.train_epoch
+
+    def train_epoch(state, *arguments, **settings):
+        for call in before_epoch:
+            call(state)
+        return original(state, *arguments, **settings)
+
+    monkeypatch.setattr(main_stage, "trains_at_once", lambda config: True)
+    monkeypatch.setattr(train_stage, "train_epoch", train_epoch)
+    return before_epoch
+
+
+def test_experts_trained_at_the_same_time_equal_those_one_after_another(
+    store, three_experts, tiny_arguments, together
+):
+    in_their_third_epoch = threading.Barrier(3, timeout=120)
+
+    def meet(state):
+        if state.step == 2 * STEPS_AN_EPOCH:
+            in_their_third_epoch.wait()  # broken, after a while, where they are not all there
+
+    together.append(meet)
+    assert main(["main", "--loss", "all", *tiny_arguments]) == 0
+    runs = {run.data.tags.get("expert", "all"): run for run in all_runs()}
+    assert runs.keys() == {"all", *LOSSES}
+    for loss in LOSSES:
+        run_id = runs[loss].info.run_id
+        assert runs[loss].data.tags["mlflow.parentRunId"] == runs["all"].info.run_id
+        assert_same_logits(store, run_id, three_experts, loss)
+        assert_same_history(run_id, three_experts, loss)
+
+
+def assert_same_history(run_id: str, three_experts: dict[str, str], loss: str) -> None:
+    theirs = MlflowClient(f"sqlite:///{three_experts['folder']}/mlflow.db")
+    names = MlflowClient().get_run(run_id).data.metrics.keys()
+    assert names == theirs.get_run(three_experts[loss]).data.metrics.keys()
+    for name in names - {"train/images_per_second", "peak_memory_bytes"}:
+        points = [
+            sorted((p.step, p.value) for p in client.get_metric_history(id_, name))
+            for client, id_ in ((MlflowClient(), run_id), (theirs, three_experts[loss]))
+        ]
+        assert points[0] == points[1], name
+
+
+def test_a_signal_stops_all_that_train_at_the_same_time_and_all_go_on(
+    store, three_experts, tiny_arguments, together, capfd
+):
+    in_their_third_epoch = threading.Barrier(3, timeout=120)
+
+    def stop(state):
+        if state.step == 2 * STEPS_AN_EPOCH and in_their_third_epoch.wait() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    together.append(stop)
+    assert main(["main", "--loss", "all", *tiny_arguments]) == 143
+    runs = {run.data.tags.get("expert", "all"): run.info for run in all_runs()}
+    assert {name: info.status for name, info in runs.items()} == dict.fromkeys(runs, "KILLED")
+    assert runs.keys() == {"all", *LOSSES}
+    assert f"-P resume={runs['all'].run_id}" in capfd.readouterr().err
+    together.clear()
+    assert main(["main", "--resume", runs["all"].run_id]) == 0
+    for loss in LOSSES:
+        assert_same_logits(store, runs[loss].run_id, three_experts, loss)
+        assert_same_history(runs[loss].run_id, three_experts, loss)
+
+
+def test_an_expert_that_fails_beside_others_does_not_stop_them(
+    store, tiny_arguments, together, capfd
+):
+    def diverge(state):
+        if threading.current_thread().name.endswith("_1"):  # the second to begin
+            raise main_stage.NonFiniteLossError("loss is not finite at step 3 (lr 0.4)")
+
+    together.append(diverge)
+    assert main(["main", "--loss", "all", *tiny_arguments]) == 1
+    status = {run.data.tags.get("expert", "all"): run.info.status for run in all_runs()}
+    assert status == dict.fromkeys(LOSSES, "FINISHED") | {"logit_adjust": "FAILED", "all": "FAILED"}
+    assert "error: loss=all: logit_adjust failed: loss is not finite" in capfd.readouterr().err
+
+
+def test_experts_train_at_the_same_time_on_a_gpu_alone():
+    def at_once(**fields):
+        return main_stage.trains_at_once(make_config({"loss": "all", **fields}))
+
+    assert at_once(device="cuda")
+    assert not at_once(device="cuda", fast="false")
+    assert not at_once(device="cpu")
 
 
 def test_one_failed_child_does_not_stop_the_others(store, tiny_arguments, monkeypatch, capfd):
@@ -236,8 +344,7 @@ def test_one_failed_child_does_not_stop_the_others(store, tiny_arguments, monkey
     monkeypatch.setattr(main_stage, "calibrate_expert", lambda *arguments: None)
     monkeypatch.setattr(main_stage.experts, "describe_parent", lambda *arguments: None)
     assert main(["main", "--loss", "all", *tiny_arguments]) == 1
-    runs = MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])
-    status = {run.data.tags.get("expert", "all"): run.info.status for run in runs}
+    status = {run.data.tags.get("expert", "all"): run.info.status for run in all_runs()}
     assert status == {
         "ce": "FINISHED",
         "logit_adjust": "FAILED",

@@ -1,5 +1,6 @@
 """The readiness report, and the part of it that `main` begins with."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from longtail_experts.cli import main
 from longtail_experts.config import Config
 from longtail_experts.learning.losses import LOSSES
 from longtail_experts.stages import main as main_stage
+from longtail_experts.stages import preflight
 from longtail_experts.tracking.readiness import duration
 from longtail_experts.tracking.report import LONGEST_DESCRIPTION, fitting
 
@@ -102,6 +104,21 @@ def test_not_ready_is_exit_code_1_with_a_remedy(store, tiny_arguments, monkeypat
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith("## NOT READY: ce on images\n\n- **blocking** ")
     assert "Not measured" in note
+
+
+def test_experts_that_train_at_the_same_time_need_memory_for_all(
+    store, tiny_arguments, monkeypatch, capfd
+):
+    """With little free the finding says how much is needed: three times that of one."""
+    little = psutil.virtual_memory()._replace(available=1_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    megabytes = []
+    for together in (False, True):
+        monkeypatch.setattr(preflight, "trains_at_once", lambda config, value=together: value)
+        assert main(["preflight", "--loss", "all", *tiny_arguments]) == 1
+        needed = re.search(r"memory=(\d+) MB of 1 MB free", capfd.readouterr().err)
+        megabytes.append(int(needed[1]))
+    assert megabytes[1] == pytest.approx(3 * megabytes[0], abs=2)
 
 
 def test_main_stops_before_there_is_a_run(store, tiny_arguments, begun, capfd):

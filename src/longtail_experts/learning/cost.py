@@ -84,8 +84,8 @@ def _kept_bytes(model: nn.Module, num_images: int, precision: str, device: str) 
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most memory that was in use: on a GPU, by tensors since the last call; on a CPU, by this
-    process since it began."""
+    """The most memory that was in use: on a GPU, by tensors since the last call, those of experts
+    that train beside this one included; on a CPU, by this process since it began."""
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -10,6 +10,7 @@ step again where CUDA would replay it.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,23 +33,31 @@ Step = Callable[[Any, Batch, float | Tensor], Tensor]  # (state, batch, lr) -> l
 Recorder = Callable[[Callable[[], None]], Callable[[], Any]]  # what to do -> to do it once more
 
 
+_recording = threading.Lock()
+
+
 class CannotRecordError(RuntimeError):
     """No recording could be made, or it does something else; the message says why."""
 
 
 def cuda_graphs() -> Recorder:
-    """A recorder of CUDA graphs. They share memory: no two of one recorder may run at once."""
+    """A recorder of CUDA graphs. They share memory: no two of one recorder may run at once.
+
+    One thread of the process records at a time; others may replay theirs meanwhile, on streams
+    of their own.
+    """
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], None]) -> Callable[[], None]:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+        with _recording:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            run()
         return graph.replay
 
     return record

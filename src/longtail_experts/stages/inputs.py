@@ -69,6 +69,12 @@ def for_one_expert(config: Config, loss: str) -> Config:
     return config.replace(loss=loss, expert_seed=seed)
 
 
+def trains_at_once(config: Config) -> bool:
+    """Whether experts of loss=all train at the same time: on a GPU, with recorded steps. One expert
+    uses all cores of a CPU."""
+    return config.device == "cuda" and config.fast
+
+
 def selects(config: Config) -> bool:
     """Whether there is a validation split to choose a checkpoint by; else the last one stands."""
     return config.protocol != "literature"

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+_noted: list[list[int]] = []  # in the main thread's blocks, for threads that it waits for
+
 
 class Terminated(BaseException):
     """SIGTERM; ends the active run as KILLED on its way out."""
@@ -27,11 +29,13 @@ def delayed_signals() -> Iterator[list[int]]:
 
     `mlflow run` passes Ctrl-C on as SIGINT and SIGTERM both, so that a second signal of another
     kind says nothing new. What arrived and was not acted on is raised at the end of the block.
+    Python allows handlers in the main thread alone: another thread is given the list of the block
+    that the main thread is in, else one that stays empty.
     """
-    arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield arrived  # Python allows no handler here: whoever started the thread decides
+        yield _noted[-1] if _noted else []
         return
+    arrived: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in arrived:
@@ -39,9 +43,11 @@ def delayed_signals() -> Iterator[list[int]]:
         arrived.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    _noted.append(arrived)
     try:
         yield arrived
     finally:
+        _noted.pop()
         for number, handler in before.items():
             signal.signal(number, handler)
     if arrived:

@@ -4,15 +4,19 @@ The one stage made of others: it is `train` followed by `calibrate`, and for los
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
+from longtail_experts.learning.at_once import at_once
 from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages import compare
 from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.checks import require_ready
-from longtail_experts.stages.inputs import for_one_expert
+from longtail_experts.stages.inputs import for_one_expert, trains_at_once
+from longtail_experts.stages.interrupts import delayed_signals, raise_for
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.logits import is_calibrated
@@ -21,6 +25,8 @@ from longtail_experts.tracking.runs import Run, RunError
 from longtail_experts.tracking.stale import offer_to_resume
 
 log = logging.getLogger(__name__)
+
+Outcome = str | Exception  # an expert's run id, or why it has none
 
 
 class ExpertsFailedError(RuntimeError):
@@ -71,21 +77,18 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
         if existing is None:
             experts.record_parent_inputs(parent, config)
         begun = experts.children_of(parent)
-        print(f"{len(LOSS_NAMES)} experts, one after another: multiply the time of one")
-        children, failures = {}, {}
-        for loss in LOSS_NAMES:
-            child = begun.get(loss)
+
+        def child_of(loss: str) -> Outcome:
             try:
-                if child is not None and is_calibrated(child):
-                    children[loss] = child.run_id
-                    if config.register_as:
-                        register(child, config.register_as)
-                else:
-                    children[loss] = run_one(config, data, loss, parent, child)
+                return run_child(config, data, loss, parent, begun.get(loss))
             except Exception as error:
                 foreseen = isinstance(error, NonFiniteLossError | RunError)
                 log.error("%s failed: %s", loss, error, exc_info=not foreseen)
-                failures[loss] = first_line(error)
+                return error
+
+        outcomes = for_each_loss(child_of, config)
+        failures = {n: first_line(o) for n, o in outcomes.items() if isinstance(o, Exception)}
+        children = {n: o for n, o in outcomes.items() if isinstance(o, str)}
         if len(children) > 1:
             try:
                 compare.into(parent, list(children.values()))
@@ -97,3 +100,30 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
             named = "; ".join(f"{loss} failed: {reason}" for loss, reason in failures.items())
             raise ExpertsFailedError(f"loss=all: {named}")
     return parent.run_id
+
+
+def run_child(
+    config: Config, data: Dataset, loss: str, parent: Run, existing: Run | None = None
+) -> str:
+    """One expert of loss=all; one that is finished already is left alone."""
+    if existing is None or not is_calibrated(existing):
+        return run_one(config, data, loss, parent, existing)
+    if config.register_as:
+        register(existing, config.register_as)
+    return existing.run_id
+
+
+def for_each_loss(child_of: Callable[[str], Outcome], config: Config) -> dict[str, Outcome]:
+    """At the same time where `trains_at_once`, else one after another."""
+    if not trains_at_once(config):
+        print(f"{len(LOSS_NAMES)} experts, one after another: multiply the time of one")
+        return {loss: child_of(loss) for loss in LOSS_NAMES}
+    print(f"{len(LOSS_NAMES)} experts, at the same time")
+    with delayed_signals() as arrived:
+
+        def unless_stopped(loss: str) -> Outcome:
+            if arrived:
+                raise_for(arrived[0], f"before {loss} began")
+            return child_of(loss)
+
+        return at_once({loss: partial(unless_stopped, loss) for loss in LOSS_NAMES}, config.device)

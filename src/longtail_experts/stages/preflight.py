@@ -29,6 +29,7 @@ from longtail_experts.stages.inputs import (
     selects,
     state_before_training,
     steps_an_epoch,
+    trains_at_once,
 )
 from longtail_experts.tracking import experts, readiness
 from longtail_experts.tracking.recorder import local_folder
@@ -52,9 +53,10 @@ def run(config: Config, data: Dataset) -> str:
             device=config.device,
         )
         free = free_memory(config.device)
+        needed = memory.total * (num_experts(config) if trains_at_once(config) else 1)
         findings = [
             *cheap_findings(config, data, disks_of(run_)),
-            room_rule("memory", memory.total, free, "lower batch_size, or free some"),
+            room_rule("memory", needed, free, "lower batch_size, or free some"),
             theory_finding(behaviour),
         ]
         pace, work, path = None, work_of_one(config, data), ""

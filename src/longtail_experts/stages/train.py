@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -25,6 +25,7 @@ from longtail_experts.data.batches import (
 )
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
+from longtail_experts.learning.at_once import beside_the_others
 from longtail_experts.learning.cost import peak_memory_bytes, time_steps
 from longtail_experts.learning.fast_step import Batch
 from longtail_experts.learning.losses import Objective
@@ -156,6 +157,7 @@ def train_epochs(
         warmup_steps=config.warmup_steps, steps_per_epoch=steps_per_epoch, epochs=config.epochs
     )
     validation: dict[str, float] = {}
+    recorded_by = first_epoch + bool(state.losses)  # the first whole epoch has batches of all sizes
     with delayed_signals() as arrived, progress_bar(config, steps_per_epoch, state.step) as bar:
 
         def save_last(epoch: int) -> None:
@@ -180,15 +182,16 @@ def train_epochs(
             )
             seen = len(state.losses) * config.batch_size
             left = EpochDraws(*(values[seen:] for values in draws))
-            mean_loss = train_epoch(
-                state,
-                batches_of(left, config.batch_size) if seen < num_images else [],
-                objective=objective_at(epoch, config, data),
-                lr_at=lr_of,
-                precision=config.precision,
-                load=load,
-                on_step=partial(after_step, epoch),
-            )
+            with beside_the_others() if epoch > recorded_by else nullcontext():
+                mean_loss = train_epoch(
+                    state,
+                    batches_of(left, config.batch_size) if seen < num_images else [],
+                    objective=objective_at(epoch, config, data),
+                    lr_at=lr_of,
+                    precision=config.precision,
+                    load=load,
+                    on_step=partial(after_step, epoch),
+                )
             step, is_last = state.step - 1, epoch == config.epochs - 1
             first_step = epoch * steps_per_epoch
             points = [("lr", lr_of(s), s) for s in lr_steps if first_step <= s < state.step]

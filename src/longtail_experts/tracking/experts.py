@@ -156,19 +156,25 @@ def start_preflight_run(config: Config) -> AbstractContextManager[Run]:
 
 @contextmanager
 def start_parent_run(config: Config, existing: Run | None = None) -> Iterator[Run]:
+    """Ctrl-C and SIGTERM say on their way out how to go on: with all experts, not one alone."""
     tags = {"stage": "all", **machine_tags(config)}
     if existing is not None:
         tags = tags_of_resumed(existing, config)
     name = run_name(config, "all experts")
     opened = start_run(name, {**tags, **process_tags()}, existing=existing)
     with claimed(existing), opened as parent:
-        yield parent
+        try:
+            yield parent
+        except BaseException as stop:
+            if not isinstance(stop, Exception):
+                stop.args = (f"in run {parent.run_id}: -P resume={parent.run_id} goes on with it",)
+            raise
 
 
 def record_parent_inputs(parent: Run, config: Config) -> None:
     parent.write_text("config.yaml", config.to_yaml())
     parent.describe(
-        f"{notice(config)}Experts of every loss, one after another, as child runs: "
+        f"{notice(config)}Experts of every loss, as child runs: "
         f"[learning curves]({charts.link_to_curves(parent)}). Results appear here at the end."
     )
     charts.offer_curves(parent)

@@ -1,0 +1,60 @@
+"""Experts that train at the same time on one GPU: a thread, and a stream, for each.
+
+The kernels of a ResNet-32 at batch 128 are too small and too short to fill a large GPU; those of
+another expert go beside them. Only epochs do: all else that an expert does, the recording of its
+steps above all, is done by one expert at a time, which has the turn. So nothing but the steps has
+to be safe in threads, and those of each expert read and write its own memory.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+
+from longtail_experts.learning.step import exact_float32
+
+Result = TypeVar("Result")
+
+_turn: ContextVar["threading.Lock | None"] = ContextVar("turn", default=None)
+
+
+def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, Result]:
+    """What each piece of work returns, each in a thread of its own that starts with the turn.
+
+    Returns when all have ended, then raises what the first of them to have failed raised.
+    """
+    turn = threading.Lock()
+
+    def in_turn(do: Callable[[], Result]) -> Result:
+        _turn.set(turn)
+        with turn, _own_stream(device):
+            return do()
+
+    # cuDNN's flags belong to the process: a thread that puts them back must find them as it left
+    # them, or another's convolutions would change in mid-step.
+    with exact_float32(), ThreadPoolExecutor(len(work), "expert") as threads:
+        begun = {name: threads.submit(in_turn, do) for name, do in work.items()}
+    return {name: future.result() for name, future in begun.items()}
+
+
+@contextmanager
+def beside_the_others() -> Iterator[None]:
+    """In here without the turn. Outside `at_once`, where there are no others: nothing."""
+    turn = _turn.get()
+    if turn is None:
+        yield
+        return
+    turn.release()
+    try:
+        yield
+    finally:
+        turn.acquire()
+
+
+def _own_stream(device: str) -> AbstractContextManager[None]:
+    """Where kernels of this thread go; the default stream would put all in one line."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
