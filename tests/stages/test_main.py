@@ -325,7 +325,24 @@ def test_an_expert_that_fails_beside_others_does_not_stop_them(
     assert "error: loss=all: logit_adjust failed: loss is not finite" in capfd.readouterr().err
 
 
-def test_experts_train_at_the_same_time_on_a_gpu_alone():
+@pytest.mark.gpu
+def test_on_a_gpu_experts_at_the_same_time_equal_one_alone(store, tiny_arguments):
+    """Training loss of the first two epochs within 1 %: later on, rounding has grown."""
+    on_gpu = [*tiny_arguments, "--device", "cuda"]
+    assert main(["main", "--loss", "all", *on_gpu]) == 0
+    assert main(["main", "--loss", "logit_adjust", *on_gpu]) == 0
+    alone, *runs = all_runs()
+    assert [run.data.tags.get("step_path") for run in runs].count("graph") == len(LOSSES)
+    (child,) = (run for run in runs if run.data.tags.get("expert") == "logit_adjust")
+    ours, theirs = (
+        [p.value for p in MlflowClient().get_metric_history(run.info.run_id, "train/loss")]
+        for run in (child, alone)
+    )
+    assert len(ours) == len(theirs) == 6
+    assert ours[:2] == pytest.approx(theirs[:2], rel=0.01)
+
+
+def test_only_on_a_gpu_experts_train_at_the_same_time():
     def at_once(**fields):
         return main_stage.trains_at_once(make_config({"loss": "all", **fields}))
 
