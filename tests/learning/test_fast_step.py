@@ -6,8 +6,10 @@ is the code that runs there.
 
 import copy
 import functools
+import gc
 import re
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -204,6 +206,38 @@ def test_a_recording_is_made_for_each_size_and_again_for_another_objective():
     assert len(made) == 2
     train(state, range(2, 4))
     assert len(made) == 4
+
+
+def test_what_a_recording_reads_stays_in_memory_while_it_is_replayed():
+    """A graph knows addresses alone, and would go on to read the terms of an objective that is
+    gone."""
+    held, terms = [], []
+
+    def make_recorder():
+        def record(run):
+            for _ in range(WARM_UP):
+                run()
+            held.append(run)
+            return partial(run_again, len(held) - 1)
+
+        def run_again(number):
+            if held:  # until the test takes it away: a graph holds no Python object
+                held[number]()
+
+        return record
+
+    def remembered(epoch, device):
+        made = objective(epoch, device)
+        terms.append(weakref.ref(made.keywords["weights"]))
+        return made
+
+    state = start(make_recorder=make_recorder)
+    train(state, range(1), objective=remembered)
+    held.clear()
+    train(state, range(1, 2), objective=remembered)  # of another object with the same terms
+    gc.collect()
+    assert len(state.recorded._recordings) == 2
+    assert terms[0]() is not None
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer"])

@@ -67,6 +67,7 @@ class Recording(NamedTuple):
     batch: Batch  # what a replay reads, beside the learning rate
     loss: Tensor  # what it writes, beside the state
     replay: Callable[[], Any]
+    step: Step  # keeps what else it reads in memory: a graph knows addresses alone
 
 
 class RecordedSteps:
@@ -131,7 +132,7 @@ class RecordedSteps:
                 with _rate_in_memory(state.optimizer):
                     loss.copy_(step(state, own, lr))
 
-            recording = Recording(own, loss, self._recorder(run))
+            recording = Recording(own, loss, self._recorder(run), step)
             _fill(own, batch)
             lr.fill_(CHECK_LR)
             require_same_step(state, batch, step, recording, precision)
