@@ -621,9 +621,9 @@ def test_on_a_gpu_a_resnet_is_replayed(precision):
 def test_on_a_gpu_what_cannot_be_captured_is_plain_with_one_warning():
     load = images("cuda")
 
-    def reads_back(index, top, left, flip):
-        assert int(index[0]) >= 0
-        return load(index, top, left, flip)
+    def reads_back(*draw):
+        assert int(draw[0][0]) >= 0
+        return load(*draw)
 
     state = start_on_gpu(tiny)
     draws = batches_of(draw_epoch(NUM_IMAGES, 1, 0, "cuda"), BATCH)

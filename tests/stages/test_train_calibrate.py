@@ -11,7 +11,9 @@ from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
+from longtail_experts.data.batches import load_batch
 from longtail_experts.learning.fast_step import RecordedSteps
+from longtail_experts.learning.step import as_it_is
 from longtail_experts.stages import train
 from longtail_experts.stages.inputs import state_before_training
 from longtail_experts.stages.train import Selection
@@ -189,3 +191,28 @@ def test_a_stage_does_not_know_whether_steps_are_replayed(
             for run in (after, before)
         )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+@pytest.mark.parametrize("augmentation", ["plain", "autoaugment"])
+def test_what_no_graph_can_hold_is_done_before_the_step(
+    store, tiny_arguments, monkeypatch, augmentation
+):
+    """The operations of a policy are chosen on the CPU, batch by batch."""
+    seen = []
+
+    def train_epoch(state, batches, *, load, **settings):
+        first, *rest = batches
+        seen.append((load, [part.dtype for part in first]))
+        return original(state, [first, *rest], load=load, **settings)
+
+    original = train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    arguments = ["--epochs", "1", "--augmentation", augmentation]
+    assert main(["train", "--loss", "ce", *tiny_arguments, *arguments]) == 0
+    ((load, types),) = seen
+    if augmentation == "plain":
+        assert load.func is load_batch
+        assert torch.float32 not in types[:4]  # draws: indices, offsets, flips
+    else:
+        assert load is as_it_is
+        assert types == [torch.float32, torch.int64]  # images and targets

@@ -2,7 +2,7 @@
 
 Of the losses that shift logits: each is -log(w_y e^{f_y} / sum_j w_j e^{f_j}) with weights w: 1
 for cross-entropy, prior^tau for logit adjustment (Menon et al., ICLR 2021, eq. 10), counts for
-balanced softmax (Ren et al., NeurIPS 2020, eq. 3). So the difference to cross-entropy on y is
+balanced softmax (Ren et al., NeurIPS 2020, eqs. 3, 4). So the difference to cross-entropy on y is
 
     log(sum_j w_j e^{f_j} / sum_j e^{f_j}) - log w_y,
 

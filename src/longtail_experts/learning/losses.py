@@ -89,13 +89,13 @@ def shifted_cross_entropy(logits: Tensor, targets: Tensor, shift: Tensor) -> Ten
 
     0: cross-entropy; tau log prior: Menon et al., *Long-tail learning via logit adjustment*
     (ICLR 2021), eq. 10; log counts: Ren et al., *Balanced meta-softmax for long-tailed visual
-    recognition* (NeurIPS 2020), eq. 3.
+    recognition* (NeurIPS 2020), eqs. 3, 4.
     """
     return F.cross_entropy(logits.float() + shift, targets)
 
 
 def class_balanced_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """w_y (-log softmax(f)[y]), weights w [C] of mean 1: Cui et al. (CVPR 2019), eq. 3."""
+    """w_y (-log softmax(f)[y]), weights w [C] of mean 1: Cui et al. (CVPR 2019), sec. 4."""
     return (weights[targets] * F.cross_entropy(logits.float(), targets, reduction="none")).mean()
 
 

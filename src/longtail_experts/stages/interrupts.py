@@ -4,10 +4,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import NoReturn
 
-_noted: list[list[int]] = []  # in the main thread's blocks, for threads that it waits for
+_heeded: ContextVar[list[int] | None] = ContextVar("heeded", default=None)
 
 
 class Terminated(BaseException):
@@ -29,11 +30,12 @@ def delayed_signals() -> Iterator[list[int]]:
 
     `mlflow run` passes Ctrl-C on as SIGINT and SIGTERM both, so that a second signal of another
     kind says nothing new. What arrived and was not acted on is raised at the end of the block.
-    Python allows handlers in the main thread alone: another thread is given the list of the block
-    that the main thread is in, else one that stays empty.
+    Python allows handlers in the main thread alone: another thread is given the list that it was
+    told to `heed`, else one that stays empty.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield _noted[-1] if _noted else []
+        heeded = _heeded.get()
+        yield [] if heeded is None else heeded
         return
     arrived: list[int] = []
 
@@ -43,12 +45,21 @@ def delayed_signals() -> Iterator[list[int]]:
         arrived.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    _noted.append(arrived)
     try:
         yield arrived
     finally:
-        _noted.pop()
         for number, handler in before.items():
             signal.signal(number, handler)
     if arrived:
         raise_for(arrived[0])
+
+
+def heed(arrived: list[int]) -> None:
+    """In this thread, act on the signals that the main thread notes in its block."""
+    _heeded.set(arrived)
+
+
+def stop_if_heeded(message: str) -> None:
+    """Raise for a signal that this thread was told to heed; outside such threads, nothing."""
+    if arrived := _heeded.get():
+        raise_for(arrived[0], message)

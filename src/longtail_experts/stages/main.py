@@ -16,7 +16,7 @@ from longtail_experts.stages import compare
 from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.checks import require_ready
 from longtail_experts.stages.inputs import for_one_expert, trains_at_once
-from longtail_experts.stages.interrupts import delayed_signals, raise_for
+from longtail_experts.stages.interrupts import delayed_signals, heed, stop_if_heeded
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.logits import is_calibrated
@@ -65,6 +65,7 @@ def run_one(
             offer_to_resume(run_)
         if "training" not in run_.tags:
             train_expert(run_, config, data)
+        stop_if_heeded(f"trained, in run {run_.run_id}: -P resume={run_.run_id} calibrates it")
         calibrate_expert(run_, config, data, load_trained(run_, config, data))
     return run_.run_id
 
@@ -121,9 +122,9 @@ def for_each_loss(child_of: Callable[[str], Outcome], config: Config) -> dict[st
     print(f"{len(LOSS_NAMES)} experts, at the same time")
     with delayed_signals() as arrived:
 
-        def unless_stopped(loss: str) -> Outcome:
-            if arrived:
-                raise_for(arrived[0], f"before {loss} began")
+        def heeding(loss: str) -> Outcome:
+            heed(arrived)
+            stop_if_heeded(f"before {loss} began")
             return child_of(loss)
 
-        return at_once({loss: partial(unless_stopped, loss) for loss in LOSS_NAMES}, config.device)
+        return at_once({loss: partial(heeding, loss) for loss in LOSS_NAMES}, config.device)

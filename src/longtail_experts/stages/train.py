@@ -3,11 +3,11 @@
 import copy
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from longtail_experts.learning.schedule import steps_worth_logging
 from longtail_experts.learning.step import (
     NonFiniteLossError,
     TrainState,
+    as_it_is,
     predict_logits,
     train_epoch,
 )
@@ -109,7 +110,8 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
         peak = peak_memory_bytes(config.device)
         recorder.log_points([("peak_memory_bytes", peak, state.step - 1)])
         print(f"{config.loss}: peak memory {peak / 1e6:.0f} MB ({config.device})", flush=True)
-        recorder.finish()
+        with beside_the_others():  # who need not wait for a store that is away
+            recorder.finish()
         training = "complete" if is_complete else "early_stopped"
         run_.set_tags({"training": training, "step_path": state.path})
         recorder.forget()
@@ -144,12 +146,19 @@ def train_epochs(
     num_images = data.size("train")
     steps_per_epoch = steps_an_epoch(config, data)
     padded = pad(data.pixels("train")).to(config.device)
-    load = partial(load_batch, padded, data.targets("train").to(config.device))
+    ahead, load = as_it_is, partial(load_batch, padded, data.targets("train").to(config.device))
+    if config.augmentation != "plain":  # its kernels are chosen on the CPU: none can record that
+        ahead, load = load, as_it_is
+
+    def batches_from(draws: EpochDraws) -> Iterator[Batch]:
+        return starmap(ahead, batches_of(draws, config.batch_size))
+
     announce_cost(
         config,
         config.epochs - first_epoch,
         state,
         num_images,
+        batches_from,
         load,
         objective_at(first_epoch, config, data),
     )
@@ -185,7 +194,7 @@ def train_epochs(
             with beside_the_others() if epoch > recorded_by else nullcontext():
                 mean_loss = train_epoch(
                     state,
-                    batches_of(left, config.batch_size) if seen < num_images else [],
+                    batches_from(left) if seen < num_images else [],
                     objective=objective_at(epoch, config, data),
                     lr_at=lr_of,
                     precision=config.precision,
@@ -354,6 +363,7 @@ def announce_cost(
     num_epochs: int,
     state: TrainState,
     num_images: int,
+    batches_from: Callable[[EpochDraws], Iterator[Batch]],
     load: Callable[..., Batch],
     objective: Objective,
 ) -> None:
@@ -362,8 +372,7 @@ def announce_cost(
         return
     trial = copy.deepcopy(state)
     draws = draw_epoch(num_images, 0, 0, config.device, augmentation_of(config))
-    batches = islice(batches_of(draws, config.batch_size), 6)
-    seconds = time_steps(trial, batches, objective, config.precision, load)
+    seconds = time_steps(trial, islice(batches_from(draws), 6), objective, config.precision, load)
     minutes = seconds * num_images * num_epochs / 60
     where = f"{config.device}, {config.precision}, {trial.path} steps"
     if config.device == "cpu":

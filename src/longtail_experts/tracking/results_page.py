@@ -29,8 +29,8 @@ FULL_EPOCHS = {"experts": 256, "literature": 200}  # of the recipe of each proto
 DATASETS = {"cifar100": "CIFAR-100-LT", "cifar10": "CIFAR-10-LT"}
 PROTOCOLS = {
     "experts": "trained on 80 % of the long-tailed pool; the checkpoint is chosen on `val_lt`, the "
-    "temperature fitted on `calib`; tested on the images that are not in `val_lt`. No test image "
-    "selects anything",
+    "temperature fitted on `calib`; tested on the images that are not in `val_lt`. Nothing is "
+    "selected on images that are reported on",
     "literature": "trained on the whole long-tailed pool and tested on all test images, as most of "
     "the literature does; the last epoch, nothing is selected. There is no hold-out: the "
     "temperature is two-fold cross-fitted on the test images under the uniform prior, each half "

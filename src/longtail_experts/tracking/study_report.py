@@ -172,8 +172,10 @@ def about_runs(study: Study) -> list[Section]:
         f"{name}: " + ", ".join(f"{shortened(name, v)} ({n})" for v, n in values.most_common())
         for name, values in facts.items()
     ]
-    words = "Beside loss, seeds and the settings above, number of trainings in brackets. "
-    words += "; ".join(counted) + "." if counted else "Nothing."
+    words = "Beside loss, seeds and the settings above, nothing."
+    if counted:
+        words = "Beside loss, seeds and the settings above, number of trainings in brackets: "
+        words += "; ".join(counted) + "."
     sections.append(Section("What differs between the runs", words, (), ()))
     return sections
 
