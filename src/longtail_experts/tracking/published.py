@@ -61,8 +61,8 @@ PUBLISHED = (
         "ICLR 2021",
         top1=48.6,
         by_class=(67.0, 49.9, 25.7),
-        recipe="crop, flip and rotation, LR 0.1, weight decay 5e-4, 200 epochs in the code's config "
-        "(100 in the table's heading)",
+        recipe="crop, flip and rotation, LR 0.1, weight decay 5e-4, 200 epochs in the code's "
+        "config (100 in the table's heading)",
         **RIDE,
     ),
     Published(
