@@ -45,7 +45,7 @@ class Config(BaseModel):
     ] = Field(
         "ce",
         description="what the expert is trained under; all: ce, logit_adjust and "
-        "balanced_softmax (at the same time on a GPU, else one after another)",
+        "balanced_softmax",
     )
     tau: float = Field(1.0, ge=0, le=10, description="strength of logit_adjust (0 is ce)")
     beta: float = Field(
