@@ -44,8 +44,7 @@ class Config(BaseModel):
         "all",
     ] = Field(
         "ce",
-        description="what the expert is trained under; all: ce, logit_adjust and "
-        "balanced_softmax",
+        description="what the expert is trained under; all: ce, logit_adjust and balanced_softmax",
     )
     tau: float = Field(1.0, ge=0, le=10, description="strength of logit_adjust (0 is ce)")
     beta: float = Field(
