@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from longtail_experts.config import make_config
+from longtail_experts.config import Config, make_config
 from longtail_experts.data.batches import MEAN, STD, batches_of, draw_epoch, load_batch, pad
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.learning.cost import peak_memory_bytes
@@ -137,20 +137,64 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
-    """What --json prints, and what else says how it came about."""
-    source = (
-        {"source": "cifar100", "data_dir": options.data_dir}
-        if options.data_dir
-        else {
-            "source": "synthetic",
-            "data_dir": None,
-        }
+Found = dict[str, float | int | str]  # what is printed, by name
+
+
+def common_options(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--data_dir", help="folder with CIFAR-100; without: generated images")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--n", type=int, default=5, help="turns")
+    parser.add_argument("--steps", type=int, default=20, help="counted in a turn")
+    parser.add_argument(
+        "--planned_images",
+        type=int,
+        default=FULL_RECIPE,
+        help="length of the training that this stands for; 0: one too short to compile for",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON objects")
+    return parser
+
+
+def load(options: argparse.Namespace) -> tuple[Config, Dataset]:
     config = resolve(
-        make_config({**source, "device": options.device, "precision": options.precision})
+        make_config(
+            {
+                "source": "cifar100" if options.data_dir else "synthetic",
+                "data_dir": options.data_dir,
+                "device": options.device,
+                "precision": options.precision,
+            }
+        )
     )
-    data = load_dataset(config)
+    return config, load_dataset(config)
+
+
+def name_of(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def spread(name: str, values: list[float]) -> Found:
+    """The median under its own name, the least and the most beside it."""
+    return {
+        name: statistics.median(values),
+        f"{name}_min": min(values),
+        f"{name}_max": max(values),
+    }
+
+
+def show(found: Found) -> None:
+    for name, value in found.items():
+        print(f"{name:32} {value:,.2f}" if isinstance(value, float) else f"{name:32} {value}")
+
+
+def measure(options: argparse.Namespace) -> Found:
+    """What --json prints, and what else says how it came about."""
+    config, data = load(options)
     most = data.size("train") // options.batch_size - 1
     if not 0 < options.steps + WARM_UP <= most:
         raise SystemExit(
@@ -165,8 +209,8 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
     for _ in range(options.n):
         for name, loop in (("plain_", plain), ("", ours)):
             rates[name].append(rate(loop, options.steps, options.batch_size, config.device))
-    found: dict[str, float | int | str] = {
-        "device": torch.cuda.get_device_name() if config.device == "cuda" else "cpu",
+    found: Found = {
+        "device": name_of(config.device),
         "threads": torch.get_num_threads(),
         "precision": config.precision,
         "step_path": ours.state.path,
@@ -174,9 +218,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
         "steps": options.steps,
     }
     for name, values in rates.items():
-        key = f"{name}images_per_second"
-        found |= {key: statistics.median(values), f"{key}_min": min(values)}
-        found[f"{key}_max"] = max(values)
+        found |= spread(f"{name}images_per_second", values)
     middle = float(found["images_per_second"])
     return found | {
         "ratio": middle / float(found["plain_images_per_second"]),
@@ -187,29 +229,12 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data_dir", help="folder with CIFAR-100; without: generated images")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--n", type=int, default=5, help="turns of each loop")
-    parser.add_argument("--steps", type=int, default=20, help="counted in a turn")
-    parser.add_argument(
-        "--planned_images",
-        type=int,
-        default=FULL_RECIPE,
-        help="length of the training that this stands for; 0: one too short to compile for",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
+    options = common_options(__doc__).parse_args()
     found = measure(options)
     if options.json:
         print(json.dumps({name: found[name] for name in REPORTED}))
         return
-    for name, value in found.items():
-        print(f"{name:32} {value:,.2f}" if isinstance(value, float) else f"{name:32} {value}")
+    show(found)
 
 
 if __name__ == "__main__":

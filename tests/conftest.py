@@ -155,6 +155,17 @@ def _experiment() -> str:
     return mlflow.get_experiment_by_name("tests").experiment_id
 
 
+def assert_same_logits(store: Path, run_id: str, three_experts: dict[str, str], loss: str) -> None:
+    """Byte for byte those of `main loss=all`, whose experts were trained one after another."""
+    pattern = "mlruns/*/{}/artifacts/logits"
+    ours = next(store.glob(pattern.format(run_id)))
+    theirs = next(Path(three_experts["folder"]).glob(pattern.format(three_experts[loss])))
+    names = {path.name for path in theirs.iterdir()}
+    assert len(names) == 8  # seven splits and the manifest
+    for name in names:
+        assert (theirs / name).read_bytes() == (ours / name).read_bytes(), name
+
+
 @pytest.fixture
 def finished(three_experts, tmp_path, monkeypatch) -> dict[str, str]:
     """The finished experts, seen from an empty working folder; not to be changed."""

@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from mlflow import MlflowClient
 
@@ -109,6 +111,15 @@ def history(run_id: str) -> dict[str, list[tuple[int, float | None]]]:
         )
         for name in names
     }
+
+
+def of_reference(
+    three_experts: dict[str, str], read: Callable[[str], Any], loss: str = "ce"
+) -> Any:
+    """What `read` finds of an expert of the finished `main loss=all`, in that one's store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{three_experts['folder']}/mlflow.db")
+        return read(three_experts[loss])
 
 
 def last_checkpoint(run_id: str) -> dict:

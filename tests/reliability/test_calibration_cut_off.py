@@ -2,7 +2,7 @@
 
 import mlflow
 import pytest
-from reliability.harness import history, training_runs
+from reliability.harness import history, of_reference, training_runs
 
 from longtail_experts.cli import main
 from longtail_experts.stages import calibrate
@@ -55,12 +55,6 @@ def trained(store, tiny_arguments, monkeypatch) -> str:
     (run,) = training_runs()
     assert run.info.status == "KILLED"
     return run.info.run_id
-
-
-def of_reference(three_experts, read):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{three_experts['folder']}/mlflow.db")
-        return read(three_experts["ce"])
 
 
 def temperature(run_id: str) -> float:

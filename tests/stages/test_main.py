@@ -11,8 +11,9 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_COUNTS, TINY_EXPERT
+from conftest import CLASS_COUNTS, TINY_EXPERT, assert_same_logits
 from mlflow import MlflowClient
+from reliability.harness import history, of_reference
 from scipy.special import log_softmax
 from sklearn.metrics import balanced_accuracy_score
 
@@ -230,17 +231,6 @@ def all_runs() -> list:
     return MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])
 
 
-def assert_same_logits(store: Path, run_id: str, three_experts: dict[str, str], loss: str) -> None:
-    """Byte for byte those of `main loss=all`, whose experts were trained one after another."""
-    theirs = list(
-        Path(three_experts["folder"]).glob(f"mlruns/*/{three_experts[loss]}/artifacts/logits/*")
-    )
-    ours = next(store.glob(f"mlruns/*/{run_id}/artifacts/logits"))
-    assert len(theirs) == len(SPLITS) + 1
-    for path in theirs:
-        assert path.read_bytes() == (ours / path.name).read_bytes(), path.name
-
-
 @pytest.fixture
 def together(monkeypatch):
     """As on a GPU: experts train at the same time. Calls what a test appends before each epoch."""
@@ -274,19 +264,7 @@ def test_experts_trained_at_the_same_time_equal_those_one_after_another(
         run_id = runs[loss].info.run_id
         assert runs[loss].data.tags["mlflow.parentRunId"] == runs["all"].info.run_id
         assert_same_logits(store, run_id, three_experts, loss)
-        assert_same_history(run_id, three_experts, loss)
-
-
-def assert_same_history(run_id: str, three_experts: dict[str, str], loss: str) -> None:
-    theirs = MlflowClient(f"sqlite:///{three_experts['folder']}/mlflow.db")
-    names = MlflowClient().get_run(run_id).data.metrics.keys()
-    assert names == theirs.get_run(three_experts[loss]).data.metrics.keys()
-    for name in names - {"train/images_per_second", "peak_memory_bytes"}:
-        points = [
-            sorted((p.step, p.value) for p in client.get_metric_history(id_, name))
-            for client, id_ in ((MlflowClient(), run_id), (theirs, three_experts[loss]))
-        ]
-        assert points[0] == points[1], name
+        assert history(run_id) == of_reference(three_experts, history, loss)
 
 
 def test_a_signal_stops_all_that_train_at_the_same_time_and_all_go_on(
@@ -308,7 +286,7 @@ def test_a_signal_stops_all_that_train_at_the_same_time_and_all_go_on(
     assert main(["main", "--resume", runs["all"].run_id]) == 0
     for loss in LOSSES:
         assert_same_logits(store, runs[loss].run_id, three_experts, loss)
-        assert_same_history(runs[loss].run_id, three_experts, loss)
+        assert history(runs[loss].run_id) == of_reference(three_experts, history, loss)
 
 
 def test_an_expert_that_fails_beside_others_does_not_stop_them(

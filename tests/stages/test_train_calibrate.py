@@ -7,6 +7,7 @@ import mlflow
 import pytest
 import torch
 import yaml
+from conftest import assert_same_logits
 from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
@@ -48,10 +49,7 @@ def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys)
     assert calibrated.info.status == trained.info.status == "FINISHED"
     assert calibrated.info.end_time == trained.info.end_time
 
-    ours = artifact_folder(store, run_id)
-    theirs = artifact_folder(Path(three_experts["folder"]), three_experts["ce"])
-    for path in (theirs / "logits").iterdir():
-        assert path.read_bytes() == (ours / "logits" / path.name).read_bytes(), path.name
+    assert_same_logits(store, run_id, three_experts, "ce")
 
     experiment = mlflow.get_experiment_by_name("tests").experiment_id
     (pointer,) = MlflowClient().search_runs([experiment], "tags.stage = 'calibrate'")
@@ -60,11 +58,12 @@ def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys)
     assert not pointer.data.metrics
     assert not MlflowClient().list_artifacts(pointer.info.run_id)
 
-    before = (calibrated.data.metrics, (ours / "report.md").stat().st_mtime_ns)
+    report = artifact_folder(store, run_id) / "report.md"
+    before = (calibrated.data.metrics, report.stat().st_mtime_ns)
     capsys.readouterr()
     assert main(["calibrate", "--run_id", run_id]) == 0
     assert "calibrated already" in capsys.readouterr().out
-    assert (only_run().data.metrics, (ours / "report.md").stat().st_mtime_ns) == before
+    assert (only_run().data.metrics, report.stat().st_mtime_ns) == before
 
 
 def test_calibrate_refuses_what_it_cannot_use(store, trained, tiny_arguments, capfd, tmp_path):

@@ -33,11 +33,11 @@ Step = Callable[[Any, Batch, float | Tensor], Tensor]  # (state, batch, lr) -> l
 Recorder = Callable[[Callable[[], None]], Callable[[], Any]]  # what to do -> to do it once more
 
 
-_recording = threading.Lock()
-
-
 class CannotRecordError(RuntimeError):
     """No recording could be made, or it does something else; the message says why."""
+
+
+_recording = threading.Lock()  # PyTorch waits for the whole device first: not while another records
 
 
 def cuda_graphs() -> Recorder:
