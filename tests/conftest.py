@@ -1,13 +1,19 @@
 """Shared by all tests: stores that open at once, tiny data, one finished expert."""
 
+import json
 import os
 import shutil
+import sqlite3
 import tempfile
+from collections.abc import Callable
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -20,13 +26,13 @@ _pictures = Path(tempfile.gettempdir()) / f"longtail-screenshots-{os.getpid()}"
 os.environ.setdefault("LONGTAIL_SCREENSHOTS", str(_pictures))
 os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"  # other figures are looked at here
 
-CLASS_COUNTS = {"ant": 60, "bee": 40, "cat": 28, "dog": 16, "eel": 6}
+CLASS_COUNTS = {"ant": 30, "bee": 22, "cat": 14, "dog": 8, "eel": 5}
 TINY_EXPERT = {
     "source": "images",
     "imbalance_profile": "natural",
     "epochs": "6",
-    "batch_size": "16",
-    "lr": "0.05",
+    "batch_size": "8",
+    "lr": "0.025",
     "milestones": "4",
     "warmup_steps": "4",
     "validation_every": "2",
@@ -110,9 +116,28 @@ def store(tmp_path, migrated_database, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def image_folder(tmp_path_factory) -> Path:
-    """Five classes of noisy coloured squares, 60 ... 6 to train and 20 each to test."""
-    folder = tmp_path_factory.mktemp("images")
+def once(tmp_path_factory) -> Callable[[str, Callable[[], Any]], Any]:
+    """(name, make) -> what `make` returns, called by one of the processes that run these tests."""
+    own = tmp_path_factory.getbasetemp()
+    common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def once(name: str, make: Callable[[], Any]) -> Any:
+        made = common / f"{name}.json"
+        with FileLock(f"{made}.lock"):
+            if not made.exists():
+                made.write_text(json.dumps(make()))
+            return json.loads(made.read_text())
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def image_folder(once, tmp_path_factory) -> Path:
+    """Five classes of noisy coloured squares, 30 ... 5 to train and 20 each to test."""
+    return Path(once("images", lambda: str(_draw_images(tmp_path_factory.mktemp("images")))))
+
+
+def _draw_images(folder: Path) -> Path:
     random = np.random.RandomState(0)
     for c, (name, count) in enumerate(CLASS_COUNTS.items()):
         colour = random.randint(60, 200, (4, 4, 3)).repeat(8, 0).repeat(8, 1)
@@ -132,13 +157,21 @@ def tiny_arguments(image_folder) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def three_experts(tmp_path_factory, migrated_database, tiny_arguments) -> dict[str, str]:
+def three_experts(once, tmp_path_factory, migrated_database, tiny_arguments) -> dict[str, str]:
     """One store with `main loss=all` in it: folder, parent and child run ids by loss."""
+
+    def make() -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("three-experts")
+        return _train_three(folder, migrated_database, tiny_arguments)
+
+    return once("three-experts", make)
+
+
+def _train_three(folder: Path, migrated_database: Path, tiny_arguments: list[str]):
     import mlflow
 
     from longtail_experts.cli import main
 
-    folder = tmp_path_factory.mktemp("three-experts")
     with pytest.MonkeyPatch.context() as patch:
         use_store(folder, migrated_database, patch)
         assert main(["main", "--loss", "all", *tiny_arguments]) == 0
@@ -174,6 +207,31 @@ def finished(three_experts, tmp_path, monkeypatch) -> dict[str, str]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
     return three_experts
+
+
+@pytest.fixture(scope="session")
+def own_expert(three_experts, tmp_path_factory) -> Path:
+    """A copy of `ce`, whose artifacts are in it: a folder with mlflow.db and artifacts/."""
+    source, folder = Path(three_experts["folder"]), tmp_path_factory.mktemp("own")
+    shutil.copy(source / "mlflow.db", folder)
+    artifacts = next(source.glob(f"mlruns/*/{three_experts['ce']}/artifacts"))
+    shutil.copytree(artifacts, folder / "artifacts")
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        moved = (str(folder / "artifacts"), three_experts["ce"])
+        database.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", moved)
+    return folder
+
+
+@pytest.fixture
+def editable(own_expert, three_experts, tmp_path, monkeypatch) -> tuple[str, Path]:
+    """A finished expert that may be tampered with: its run id, its artifacts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{own_expert}/mlflow.db")
+    artifacts, keep = own_expert / "artifacts", tmp_path / "keep"
+    shutil.copytree(artifacts, keep)
+    yield three_experts["ce"], artifacts
+    shutil.rmtree(artifacts)
+    shutil.copytree(keep, artifacts)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import struct
 import zipfile
 import zlib
@@ -236,19 +235,6 @@ def test_the_good_checkpoint_of_these_cases_is_read(tmp_path):
 # --- logits, manifests and the config of a run from elsewhere -----------------------------------
 
 
-@pytest.fixture
-def artifacts(three_experts, monkeypatch, tmp_path):
-    """The artifacts of a finished expert, restored after each case."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{three_experts['folder']}/mlflow.db")
-    folder = next(Path(three_experts["folder"]).glob(f"mlruns/*/{three_experts['ce']}/artifacts"))
-    keep = tmp_path / "keep"
-    shutil.copytree(folder, keep)
-    yield folder
-    shutil.rmtree(folder)
-    shutil.copytree(keep, folder)
-
-
 def change_json(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     result = change(content)
@@ -324,7 +310,8 @@ BAD_LOGITS: dict[str, Callable[[Path], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_LOGITS)
-def test_bad_logits_are_refused_even_with_the_right_hash(kind, artifacts, three_experts, tmp_path):
+def test_bad_logits_are_refused_even_with_the_right_hash(kind, editable, tmp_path):
+    run_id, artifacts = editable
     content = BAD_LOGITS[kind](artifacts)
     (artifacts / "logits/calib.npz").write_bytes(content)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -332,7 +319,7 @@ def test_bad_logits_are_refused_even_with_the_right_hash(kind, artifacts, three_
         artifacts / "logits/manifest.json",
         lambda m: m["files"]["calib"].__setitem__("sha256", sha256),
     )
-    line = says_within(lambda: load_expert_logits(three_experts["ce"]), (RunError,))
+    line = says_within(lambda: load_expert_logits(run_id), (RunError,))
     assert "calib.npz" in line
     assert len(line.splitlines()) == 1
     assert not (tmp_path / "pwned").exists()
@@ -360,10 +347,11 @@ BAD_MANIFESTS: dict[str, Callable[[dict], object]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_MANIFESTS)
-def test_a_bad_manifest_is_refused(kind, artifacts, three_experts):
+def test_a_bad_manifest_is_refused(kind, editable):
+    run_id, artifacts = editable
     change_json(artifacts / "logits/manifest.json", BAD_MANIFESTS[kind])
     with pytest.raises(RunError) as caught:
-        load_expert_logits(three_experts["ce"])
+        load_expert_logits(run_id)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -371,10 +359,11 @@ def test_a_bad_manifest_is_refused(kind, artifacts, three_experts):
     "content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": 1e999}', b"NaN"], ids=repr
 )
 @pytest.mark.parametrize("name", ["logits/manifest.json", "splits/manifest.json"])
-def test_a_manifest_that_is_no_json_is_refused(name, content, artifacts, three_experts):
+def test_a_manifest_that_is_no_json_is_refused(name, content, editable):
+    run_id, artifacts = editable
     (artifacts / name).write_bytes(content)
     with pytest.raises(RunError, match="manifest"):
-        load_expert_logits(three_experts["ce"])
+        load_expert_logits(run_id)
 
 
 @pytest.mark.parametrize(
@@ -390,10 +379,11 @@ def test_a_manifest_that_is_no_json_is_refused(name, content, artifacts, three_e
     ],
     ids=repr,
 )
-def test_a_config_from_elsewhere_is_refused(content, artifacts, three_experts):
+def test_a_config_from_elsewhere_is_refused(content, editable):
+    run_id, artifacts = editable
     (artifacts / "config.yaml").write_bytes(content)
     with pytest.raises(RunError, match=r"config\.yaml"):
-        experts.recorded_config(Run(three_experts["ce"]))
+        experts.recorded_config(Run(run_id))
 
 
 GOOD_MANIFEST = {
@@ -565,11 +555,11 @@ BAD_PARQUETS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "more than CIFAR-100 can have",
     ),
-    "one image of megabytes, 500 times": (
+    "one image of megabytes, 150 times": (
         lambda p: parquet(
             p,
-            [{"bytes": png() + bytes(6_000_000)}] * 500,
-            [1] * 500,
+            [{"bytes": png() + bytes(6_000_000)}] * 150,
+            [1] * 150,
             compression="zstd",
             dictionary_pagesize_limit=2**30,
             write_batch_size=10,

@@ -233,7 +233,7 @@ def test_another_config_is_refused_by_name(interrupted, tiny_arguments, capfd, t
         return line
 
     line = refused("--lr", "0.1", "--epochs", "9")
-    assert "lr=0.1 (was 0.05)" in line
+    assert "lr=0.1 (was 0.025)" in line
     assert "epochs=9 (was 6)" in line
     assert "loss=balanced_softmax (was ce)" in refused("--loss", "balanced_softmax")
     assert "source=cifar100 (was images)" in refused("--config", "cifar100_lt")

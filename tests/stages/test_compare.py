@@ -82,7 +82,7 @@ def test_without_a_choice_the_newest_of_each_loss_are_compared(experts_copy, cap
         recorded = MlflowClient().get_run(row["run_id"]).data.metrics
         for name, value in recorded.items():
             assert float(row[f"metrics.{name}"]) == value
-        assert row["params.lr"] == "0.05"
+        assert row["params.lr"] == "0.025"
         assert "" not in (row["params.loss"], row["tags.step_path"])
     header = read(run.info.run_id, "table.csv").splitlines()[0].split(",")
     assert len(set(header)) == len(header)

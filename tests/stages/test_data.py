@@ -20,4 +20,4 @@ def test_data_records_splits_without_an_expert(store, tiny_arguments, capsys):
     artifacts = {item.path for item in MlflowClient().list_artifacts(run.info.run_id)}
     assert artifacts == {"splits", "figures", "report.md"}
     assert "disjoint by index" in run.data.tags["mlflow.note.content"]
-    assert "| train | 120 |" in capsys.readouterr().out
+    assert "| train | 63 |" in capsys.readouterr().out

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import use_store
+from conftest import CLASS_COUNTS, use_store
 from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
@@ -23,7 +23,15 @@ def literature(tmp_path_factory, migrated_database, tiny_arguments) -> dict:
     folder = tmp_path_factory.mktemp("literature")
     with pytest.MonkeyPatch.context() as patch:
         use_store(folder, migrated_database, patch)
-        arguments = [*tiny_arguments, "--protocol", "literature", "--checkpoint_every", "2"]
+        arguments = [
+            *tiny_arguments,
+            "--protocol",
+            "literature",
+            "--checkpoint_every",
+            "2",
+            "--epochs",
+            "3",
+        ]
         assert main(["main", "--loss", "ce", *arguments]) == 0
         assert main(["train", "--loss", "ldam_drw", *arguments]) == 0
         (unfinished,) = MlflowClient().search_runs([_experiment()], "tags.expert = 'ldam_drw'")
@@ -54,7 +62,7 @@ def test_nothing_is_held_out_and_nothing_selected(here, loss):
     assert run.info.status == "FINISHED"
     expert = load_expert_logits(run.info.run_id)
     assert list(expert.splits) == ["train", "test_balanced"]
-    assert len(expert.splits["train"].targets) == 60 + 40 + 28 + 16 + 6
+    assert len(expert.splits["train"].targets) == sum(CLASS_COUNTS.values())
     assert len(expert.splits["test_balanced"].targets) == 5 * 20
     named = set(run.data.metrics)
     assert not [name for name in named if name.startswith(("val/", "best/", "test_lt/"))]

@@ -154,11 +154,11 @@ def test_tables_agree_with_metrics_and_splits(finished):
     table = read_json(run_id, "tables/per_class.json")
     assert [row["name"] for row in table] == list(CLASS_COUNTS)
     assert [row["pool_images"] for row in table] == list(CLASS_COUNTS.values())
-    assert [row["head_tail"] for row in table] == ["head"] * 3 + ["tail"] * 2
-    assert [row["many_medium_few"] for row in table] == ["medium"] * 3 + ["few"] * 2
+    assert [row["head_tail"] for row in table] == ["head"] * 2 + ["tail"] * 3
+    assert [row["many_medium_few"] for row in table] == ["medium"] * 2 + ["few"] * 3
     recalls = [row["recall_test_balanced"] for row in table]
     assert np.mean(recalls) == pytest.approx(metrics["test_balanced/balanced_accuracy"])
-    assert np.mean(recalls[3:]) == pytest.approx(metrics["test_balanced/tail_accuracy"])
+    assert np.mean(recalls[2:]) == pytest.approx(metrics["test_balanced/tail_accuracy"])
     manifest = read_json(run_id, "splits/manifest.json")
     for split in ("val_lt", "test_lt", "test_balanced"):
         counts = [row[f"n_{split}"] for row in table]
@@ -174,7 +174,7 @@ def test_tables_agree_with_metrics_and_splits(finished):
 def test_learning_rate_is_logged_in_warm_up_and_then_by_epoch(finished):
     history = MlflowClient().get_metric_history(finished["ce"], "lr")
     points = {point.step: point.value for point in history}
-    steps_per_epoch = math.ceil(120 / 16)
+    steps_per_epoch = math.ceil(63 / 8)
     assert sorted(points) == [
         0,
         1,
@@ -182,9 +182,9 @@ def test_learning_rate_is_logged_in_warm_up_and_then_by_epoch(finished):
         3,
         *range(steps_per_epoch, 6 * steps_per_epoch, steps_per_epoch),
     ]
-    assert points[0] == pytest.approx(0.05 / 4)
-    assert points[3 * steps_per_epoch] == pytest.approx(0.05)
-    assert points[4 * steps_per_epoch] == pytest.approx(0.005)
+    assert points[0] == pytest.approx(0.025 / 4)
+    assert points[3 * steps_per_epoch] == pytest.approx(0.025)
+    assert points[4 * steps_per_epoch] == pytest.approx(0.0025)
     assert len(history) == len(points)
 
 
@@ -220,13 +220,6 @@ def test_checkpoints_hold_plain_float32(finished):
     assert (last["epoch"], last["step"]) == (5, 47)
 
 
-def test_the_child_of_all_equals_the_expert_trained_alone(store, three_experts, tiny_arguments):
-    assert main(["main", "--loss", "ce", *tiny_arguments]) == 0
-    alone = all_runs()[0]
-    assert "mlflow.parentRunId" not in alone.data.tags
-    assert_same_logits(store, alone.info.run_id, three_experts, "ce")
-
-
 def all_runs() -> list:
     return MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])
 
@@ -247,44 +240,29 @@ def together(monkeypatch):
     return before_epoch
 
 
-def test_experts_trained_at_the_same_time_equal_those_one_after_another(
-    store, three_experts, tiny_arguments, together
-):
-    in_their_third_epoch = threading.Barrier(3, timeout=120)
-
-    def meet(state):
-        if state.step == 2 * STEPS_AN_EPOCH:
-            in_their_third_epoch.wait()  # broken, after a while, where they are not all there
-
-    together.append(meet)
-    assert main(["main", "--loss", "all", *tiny_arguments]) == 0
-    runs = {run.data.tags.get("expert", "all"): run for run in all_runs()}
-    assert runs.keys() == {"all", *LOSSES}
-    for loss in LOSSES:
-        run_id = runs[loss].info.run_id
-        assert runs[loss].data.tags["mlflow.parentRunId"] == runs["all"].info.run_id
-        assert_same_logits(store, run_id, three_experts, loss)
-        assert history(run_id) == of_reference(three_experts, history, loss)
-
-
-def test_a_signal_stops_all_that_train_at_the_same_time_and_all_go_on(
+def test_experts_at_the_same_time_stopped_and_resumed_equal_those_one_after_another(
     store, three_experts, tiny_arguments, together, capfd
 ):
-    in_their_third_epoch = threading.Barrier(3, timeout=120)
+    """A signal in their third epoch stops them all; resumed, they meet again in the fifth."""
+    # Broken, after a while, where they are not all there.
+    in_the_third, in_the_fifth = (threading.Barrier(3, timeout=120) for _ in range(2))
 
-    def stop(state):
-        if state.step == 2 * STEPS_AN_EPOCH and in_their_third_epoch.wait() == 0:
+    def meet(state):
+        if state.step == 2 * STEPS_AN_EPOCH and in_the_third.wait() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
+        if state.step == 4 * STEPS_AN_EPOCH:
+            in_the_fifth.wait()
 
-    together.append(stop)
+    together.append(meet)
     assert main(["main", "--loss", "all", *tiny_arguments]) == 143
     runs = {run.data.tags.get("expert", "all"): run.info for run in all_runs()}
     assert {name: info.status for name, info in runs.items()} == dict.fromkeys(runs, "KILLED")
     assert runs.keys() == {"all", *LOSSES}
     assert f"-P resume={runs['all'].run_id}" in capfd.readouterr().err
-    together.clear()
     assert main(["main", "--resume", runs["all"].run_id]) == 0
     for loss in LOSSES:
+        tags = MlflowClient().get_run(runs[loss].run_id).data.tags
+        assert tags["mlflow.parentRunId"] == runs["all"].run_id
         assert_same_logits(store, runs[loss].run_id, three_experts, loss)
         assert history(runs[loss].run_id) == of_reference(three_experts, history, loss)
 

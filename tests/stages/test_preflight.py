@@ -19,7 +19,7 @@ from longtail_experts.tracking.readiness import duration
 from longtail_experts.tracking.report import LONGEST_DESCRIPTION, fitting
 
 # Long enough to be worth stopping, and a warm-up that outlasts it.
-ENDLESS_WARMUP = ("--epochs", "1000", "--warmup_steps", "100000")
+ENDLESS_WARMUP = ("--epochs", "2000", "--warmup_steps", "100000")
 
 
 def runs() -> list:
@@ -66,8 +66,8 @@ def test_the_report(store, tiny_arguments, capsys):
     assert "- **note** loss = all: at tau 1, logit_adjust and balanced_softmax are the" in report
     assert "| logit_adjust | smallest class | as theory | " in report
     assert "NOT AS THEORY" not in report
-    assert "| 1-3 | 0.05 | 0.05 |" in report
-    assert "| training | 720 | " in report  # 6 epochs of 120 images
+    assert "| 1-3 | 0.025 | 0.025 |" in report
+    assert "| training | 378 | " in report  # 6 epochs of 63 images
     assert run.data.params["splits_sha256"][:12] in report
     artifacts = {item.path for item in MlflowClient().list_artifacts(run.info.run_id)}
     assert artifacts == {"report.md", "tables", "figures"}
@@ -151,10 +151,10 @@ def test_main_stops_at_a_full_disk(store, tiny_arguments, begun, monkeypatch, ca
 
 
 def test_preflight_false_skips_it(store, tiny_arguments, begun, caplog):
-    arguments = [*tiny_arguments, *ENDLESS_WARMUP, "--milestones", "4,2000"]
+    arguments = [*tiny_arguments, *ENDLESS_WARMUP, "--milestones", "4,3000"]
     assert main(["main", *arguments, "--preflight", "false"]) == 0
     assert begun == ["ce"]
-    assert "milestones=[2000] lie at or past epochs=1000" in caplog.text
+    assert "milestones=[3000] lie at or past epochs=2000" in caplog.text
 
 
 def test_main_prints_warnings_once_and_goes_on(store, tiny_arguments, begun, caplog):

@@ -178,6 +178,9 @@ def runs(stage: str) -> list:
     return [run for run in every if run.data.tags.get("stage") == stage]
 
 
+BRIEF = {"weight_decay": 0.5, "epochs": 2, "lr": 0.01}
+
+
 def logits_of(run) -> dict[str, bytes]:
     folder = Path(run.info.artifact_uri.removeprefix("file://")) / "logits"
     return {path.name: path.read_bytes() for path in folder.glob("*.npz")}
@@ -187,7 +190,7 @@ def logits_of(run) -> dict[str, bytes]:
 def swept(tmp_path_factory, migrated_database, tiny_arguments) -> dict:
     """Two losses, each at a rate that works and at one that diverges, swept once."""
     folder = tmp_path_factory.mktemp("swept")
-    fixed = {**fields_of(tiny_arguments), "weight_decay": 0.5, "preflight": False}
+    fixed = {**fields_of(tiny_arguments), **BRIEF, "preflight": False}
     del fixed["lr"]
     file = write(folder, fixed=fixed, grid={"lr": [100, 0.01], "loss": ["ce", "logit_adjust"]})
     with pytest.MonkeyPatch.context() as patch:
@@ -237,8 +240,8 @@ def test_a_failing_trial_is_tried_twice_and_stops_no_other(swept_store):
 @needs_ray
 def test_a_trial_is_an_ordinary_expert(swept_store, tiny_arguments):
     """Bit for bit that of `main`, though its process has trained others before."""
-    arguments = [*tiny_arguments, "--weight_decay", "0.5", "--lr", "0.01"]
-    assert main(["main", "--loss", "logit_adjust", *arguments]) == 0
+    changed = [part for name, value in BRIEF.items() for part in (f"--{name}", str(value))]
+    assert main(["main", "--loss", "logit_adjust", *tiny_arguments, *changed]) == 0
     run_id = trials_of(swept_store["parent"])["0.01", "logit_adjust"]["run_id"]
     trial = MlflowClient().get_run(run_id)
     (alone,) = (run for run in runs("main") if "mlflow.parentRunId" not in run.data.tags)
@@ -266,7 +269,7 @@ def test_the_same_command_repeats_only_what_failed(swept_store, capfd):
 def test_another_sweep_finds_what_is_finished(swept_store, tiny_arguments, capfd, monkeypatch):
     """No trial is started, so Ray is not either; and a second time nothing at all happens."""
     monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
-    fixed = {**fields_of(tiny_arguments), "weight_decay": 0.5, "lr": 0.01}
+    fixed = {**fields_of(tiny_arguments), **BRIEF}
     folder = swept_store["folder"] / "other"
     folder.mkdir()
     file = write(folder, fixed=fixed, grid={"loss": ["logit_adjust", "ce"]})

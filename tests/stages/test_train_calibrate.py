@@ -33,6 +33,17 @@ def trained(store, tiny_arguments) -> mlflow.entities.Run:
     return only_run()
 
 
+@pytest.fixture
+def briefly(tiny_arguments) -> list[str]:
+    return [*tiny_arguments, "--epochs", "2"]
+
+
+@pytest.fixture
+def trained_briefly(store, briefly) -> mlflow.entities.Run:
+    assert main(["train", "--loss", "ce", *briefly]) == 0
+    return only_run()
+
+
 def artifact_folder(store: Path, run_id: str) -> Path:
     return next(store.glob(f"mlruns/*/{run_id}/artifacts"))
 
@@ -66,8 +77,8 @@ def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys)
     assert (only_run().data.metrics, report.stat().st_mtime_ns) == before
 
 
-def test_calibrate_refuses_what_it_cannot_use(store, trained, tiny_arguments, capfd, tmp_path):
-    run_id = trained.info.run_id
+def test_calibrate_refuses_what_it_cannot_use(store, trained_briefly, capfd, tmp_path):
+    run_id = trained_briefly.info.run_id
 
     def refused(*arguments: str) -> str:
         capfd.readouterr()
@@ -129,14 +140,15 @@ def test_early_stopping_counts_validations_after_the_last_milestone(store, tiny_
 
 
 def test_logits_that_are_not_finite_are_refused_before_anything_is_written(
-    store, trained, monkeypatch, capfd
+    store, trained_briefly, monkeypatch, capfd
 ):
     """Weights that broke at the very last step, after every loss that was looked at."""
-    path = artifact_folder(store, trained.info.run_id) / "checkpoints/best.pt"
+    run_id = trained_briefly.info.run_id
+    path = artifact_folder(store, run_id) / "checkpoints/best.pt"
     content = torch.load(path, weights_only=True)
     content["model"]["fc.bias"][0] = float("inf")
     torch.save(content, path)
-    assert main(["calibrate", "--run_id", trained.info.run_id]) == 2
+    assert main(["calibrate", "--run_id", run_id]) == 2
     assert "logits of train are not finite" in capfd.readouterr().err
     assert not (path.parent / "final_calibrated.pt").exists()
 
@@ -159,7 +171,7 @@ def test_ties_go_to_the_later_checkpoint_but_do_not_count_as_better():
 
 @pytest.mark.parametrize("works", [True, False])
 def test_a_stage_does_not_know_whether_steps_are_replayed(
-    store, trained, tiny_arguments, monkeypatch, works
+    store, trained_briefly, briefly, monkeypatch, works
 ):
     """The recorder stands in for a GPU's. Where it fails, the run says at its end what ran."""
 
@@ -177,12 +189,12 @@ def test_a_stage_does_not_know_whether_steps_are_replayed(
         return state
 
     monkeypatch.setattr(train, "state_before_training", recorded)
-    (before,) = MlflowClient().search_runs([trained.info.experiment_id])
+    before = trained_briefly
     assert before.data.tags["step_path"] == "plain"
     with pytest.warns(UserWarning, match="no graphs here") if not works else nullcontext():
-        assert main(["train", "--loss", "ce", *tiny_arguments]) == 0
-    runs = MlflowClient().search_runs([trained.info.experiment_id], max_results=5)
-    (after,) = [run for run in runs if run.info.run_id != trained.info.run_id]
+        assert main(["train", "--loss", "ce", *briefly]) == 0
+    runs = MlflowClient().search_runs([before.info.experiment_id])
+    (after,) = [run for run in runs if run.info.run_id != before.info.run_id]
     assert after.data.tags["step_path"] == ("graph" if works else "plain")
     for name in ("best.pt", "last.pt"):
         ours, theirs = (

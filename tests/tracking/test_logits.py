@@ -2,29 +2,20 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import use_store
 
 from longtail_experts import load_expert_logits
 from longtail_experts.tracking.runs import RunError
 
 
 @pytest.fixture
-def editable(three_experts, tmp_path, monkeypatch) -> tuple[str, Path]:
-    """A run whose logits may be tampered with: (run id, its logits folder)."""
-    source = Path(three_experts["folder"])
-    use_store(tmp_path, source / "mlflow.db", monkeypatch)
-    run_id = three_experts["ce"]
-    logits = next(source.glob(f"mlruns/*/{run_id}/artifacts/logits"))
-    backup = tmp_path / "backup"
-    shutil.copytree(logits, backup)
-    yield run_id, logits
-    shutil.rmtree(logits)
-    shutil.copytree(backup, logits)
+def logits(editable) -> tuple[str, Path]:
+    """A run whose logits may be tampered with, and their folder."""
+    run_id, artifacts = editable
+    return run_id, artifacts / "logits"
 
 
 def test_what_is_returned_cannot_be_changed(finished):
@@ -52,8 +43,8 @@ def test_test_lt_rows_are_those_of_test_balanced(finished):
         np.testing.assert_array_equal(getattr(splits["test_lt"], name), inside)
 
 
-def test_a_file_that_is_not_the_manifests_is_refused(editable):
-    run_id, folder = editable
+def test_a_file_that_is_not_the_manifests_is_refused(logits):
+    run_id, folder = logits
     path = folder / "calib.npz"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -62,8 +53,8 @@ def test_a_file_that_is_not_the_manifests_is_refused(editable):
         load_expert_logits(run_id)
 
 
-def test_a_missing_file_is_named(editable):
-    run_id, folder = editable
+def test_a_missing_file_is_named(logits):
+    run_id, folder = logits
     (folder / "tuneV.npz").unlink()
     with pytest.raises(RunError, match=r"logits/tuneV\.npz cannot be read"):
         load_expert_logits(run_id)
@@ -79,8 +70,8 @@ def test_a_missing_file_is_named(editable):
         lambda m: m.update(files=[]),
     ],
 )
-def test_a_malformed_manifest_is_refused(editable, change):
-    run_id, folder = editable
+def test_a_malformed_manifest_is_refused(logits, change):
+    run_id, folder = logits
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -88,10 +79,10 @@ def test_a_malformed_manifest_is_refused(editable, change):
         load_expert_logits(run_id)
 
 
-def test_wrong_content_is_refused_even_with_the_right_hash(editable):
+def test_wrong_content_is_refused_even_with_the_right_hash(logits):
     import hashlib
 
-    run_id, folder = editable
+    run_id, folder = logits
     path = folder / "calib.npz"
     with np.load(path) as stored:
         arrays = dict(stored)

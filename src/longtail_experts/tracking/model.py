@@ -71,11 +71,18 @@ def log_expert_model(
         pip_requirements=[f"{name}=={v.split('+')[0]}" for name, v in versions.items()],
         code_paths=[served_expert.__file__],
         serialization_format="pt2",
+        validate_serving_input=False,  # seconds, to open what was written a moment ago
         prior=prior.tolist(),
     )
 
 
-def _save_model(path: str, mlflow_model: Model, prior: list[float], **arguments) -> None:
+def _save_model(
+    path: str,
+    mlflow_model: Model,
+    prior: list[float],
+    validate_serving_input: bool,
+    **arguments,
+) -> None:
     """mlflow.pytorch's own, then a pyfunc loader that knows the param `prior`.
 
     MLflow's loader would pass params on to the exported program, which takes images alone, and
