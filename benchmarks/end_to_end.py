@@ -6,7 +6,8 @@
 Takes the fields of `main`, runs it into a store of its own, and prints wall seconds: `import`,
 `data` (images and splits), `train` (steps), `validate`, `calibrate` (temperature, its interval,
 test figures), `export` (logits of all splits, the model), and `tracking`: all that is left, so
-that nothing spent on recording is missed.
+that nothing spent on recording is missed. A moment at which several experts do several of these
+(`--loss all` on a GPU) counts once: for training if one of them trains, else for the first here.
 """
 
 import json
@@ -14,8 +15,8 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,38 @@ BUCKETS = {
 }
 
 
-def timed(function: Callable[..., Any], bucket: str, seconds: Counter) -> Callable[..., Any]:
+PRECEDENCE = ("train", *(bucket for bucket in BUCKETS if bucket != "train"))
+Span = tuple[float, float]  # from, to
+
+
+def timed(function: Callable[..., Any], spans: list[Span]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         started = time.perf_counter()
         try:
             return function(*arguments, **named)
         finally:
-            seconds[bucket] += time.perf_counter() - started
+            spans.append((started, time.perf_counter()))
 
     return call
+
+
+def length(spans: Iterable[Span]) -> float:
+    """Of their union."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def seconds_of(spans: dict[str, list[Span]]) -> dict[str, float]:
+    """By bucket; what overlaps counts for the first in PRECEDENCE."""
+    seconds, counted = {}, []
+    for bucket in PRECEDENCE:
+        before = length(counted)
+        counted += spans[bucket]
+        seconds[bucket] = length(counted) - before
+    return seconds
 
 
 def main(arguments: list[str]) -> int:
@@ -50,17 +74,17 @@ def main(arguments: list[str]) -> int:
         return 0
     as_json = "--json" in arguments
     arguments = [os.path.abspath(a) if os.path.exists(a) else a for a in arguments if a != "--json"]
-    seconds: Counter = Counter()
+    spans: dict[str, list[Span]] = defaultdict(list)
     started = time.perf_counter()
     from longtail_experts import cli
     from longtail_experts.stages import calibrate, inputs, train
 
-    seconds["import"] = time.perf_counter() - started
+    importing = time.perf_counter() - started
     modules = {"calibrate": calibrate, "inputs": inputs, "train": train}
     for bucket, functions in BUCKETS.items():
         for module, name in functions:
             plain = getattr(modules[module], name)
-            setattr(modules[module], name, timed(plain, bucket, seconds))
+            setattr(modules[module], name, timed(plain, spans[bucket]))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder) / 'mlflow.db'}"
         os.environ.setdefault("LONGTAIL_CACHE_DIR", os.path.abspath(".cache"))
@@ -72,9 +96,14 @@ def main(arguments: list[str]) -> int:
         os.chdir(home)
     if code:
         return code
-    seconds["tracking"] = total - sum(seconds[bucket] for bucket in BUCKETS)
-    found = {name: round(seconds[name], 2) for name in ("import", *BUCKETS, "tracking")}
-    found["total"] = round(seconds["import"] + total, 2)
+    by_bucket = seconds_of(spans)
+    seconds = {
+        "import": importing,
+        **{bucket: by_bucket[bucket] for bucket in BUCKETS},
+        "tracking": total - sum(by_bucket.values()),
+        "total": importing + total,
+    }
+    found = {name: round(value, 2) for name, value in seconds.items()}
     if as_json:
         print(json.dumps(found))
         return 0

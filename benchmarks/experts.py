@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from functools import partial
-from itertools import chain, count, islice
+from itertools import islice
 
 from throughput import Found, OurLoop, common_options, load, name_of, show, spread, wait_for
 
@@ -24,8 +24,7 @@ from longtail_experts.stages.inputs import trains_at_once
 
 
 def take_steps(loop: OurLoop, num_steps: int) -> None:
-    steps = chain.from_iterable(loop.steps() for _ in count())  # epoch after epoch
-    for _ in islice(steps, num_steps):
+    for _ in islice(loop.steps(), num_steps):
         pass
 
 

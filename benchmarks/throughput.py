@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain, islice, repeat
 
 import torch
 from PIL import Image
@@ -34,6 +35,7 @@ from longtail_experts.stages.inputs import load_dataset, resolve
 
 FULL_RECIPE = 256 * 8677  # images
 WARM_UP = 3  # steps at the beginning of a turn
+STEPS = {"cpu": 20, "cuda": 400}  # after them: long enough for the beginning of a turn not to show
 RATES = [f"{loop}images_per_second{end}" for loop in ("", "plain_") for end in ("", "_min", "_max")]
 REPORTED = ("device", "n", *RATES, "ratio", "ms_per_step", "peak_memory_bytes")
 
@@ -76,7 +78,7 @@ class PlainLoop:
         self.loss = nn.CrossEntropyLoss()
 
     def steps(self) -> Iterator[None]:
-        for images, targets in self.loader:
+        for images, targets in chain.from_iterable(repeat(self.loader)):
             images, targets = images.to(self.device), targets.to(self.device)
             self.optimizer.zero_grad()
             loss = self.loss(self.model(images), targets)
@@ -103,22 +105,24 @@ class OurLoop:
         self.state.model.train()
         padded, targets = pad(data.pixels("train")), data.targets("train")
         self.load = partial(load_batch, padded.to(device), targets.to(device))
-        self.num_images = len(targets)
+        self.num_images, self.full_batches = len(targets), len(targets) // batch_size
         counts = data.class_counts("train")
         self.objective = objective_of("ce", counts, Knobs(), device)
         self.batch_size, self.device, self.precision = batch_size, device, precision
         self.epoch = 0
 
     def steps(self) -> Iterator[None]:
-        self.epoch += 1
-        draws = draw_epoch(self.num_images, 0, self.epoch, self.device)
-        for batch in batches_of(draws, self.batch_size):
-            take_step(self.state, batch, self.objective, 0.01, self.precision, self.load)
-            yield
+        while True:
+            self.epoch += 1
+            draws = draw_epoch(self.num_images, 0, self.epoch, self.device)
+            for batch in islice(batches_of(draws, self.batch_size), self.full_batches):
+                take_step(self.state, batch, self.objective, 0.01, self.precision, self.load)
+                yield
 
 
 def rate(loop: PlainLoop | OurLoop, num_steps: int, batch_size: int, device: str) -> float:
-    """Images a second over `num_steps` steps, after the first few of a new epoch."""
+    """Images a second over `num_steps` steps, after the first few of a new epoch; where they are
+    more than an epoch has, of those that follow, what it takes to begin one included."""
     steps = loop.steps()
     for _ in range(WARM_UP):
         next(steps)
@@ -149,7 +153,9 @@ def common_options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--n", type=int, default=5, help="turns")
-    parser.add_argument("--steps", type=int, default=20, help="counted in a turn")
+    parser.add_argument(
+        "--steps", type=int, help=f"counted in a turn ({STEPS['cpu']}, on a GPU {STEPS['cuda']})"
+    )
     parser.add_argument(
         "--planned_images",
         type=int,
@@ -171,7 +177,15 @@ def load(options: argparse.Namespace) -> tuple[Config, Dataset]:
             }
         )
     )
-    return config, load_dataset(config)
+    options.steps = STEPS[config.device] if options.steps is None else options.steps
+    if options.steps < 1:
+        raise SystemExit(f"error: --steps={options.steps}: give at least 1")
+    data = load_dataset(config)
+    if data.size("train") < options.batch_size:
+        raise SystemExit(
+            f"error: --batch_size={options.batch_size}: there are {data.size('train')} images"
+        )
+    return config, data
 
 
 def name_of(device: str) -> str:
@@ -195,12 +209,6 @@ def show(found: Found) -> None:
 def measure(options: argparse.Namespace) -> Found:
     """What --json prints, and what else says how it came about."""
     config, data = load(options)
-    most = data.size("train") // options.batch_size - 1
-    if not 0 < options.steps + WARM_UP <= most:
-        raise SystemExit(
-            f"error: --steps={options.steps}: an epoch has {most} full batches, {WARM_UP} of which "
-            f"are not counted; give 1 to {most - WARM_UP}"
-        )
     ours = OurLoop(
         data, options.batch_size, config.device, config.precision, options.planned_images
     )

@@ -39,7 +39,6 @@ def _work(arguments: list[str], environment: dict[str, str], folder: str, log: s
     os.dup2(file, 1)
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_num_threads(int(environment.get("THREADS", "2")))
     from longtail_experts.cli import main
 
     code = main(arguments)

@@ -13,9 +13,11 @@ import requests
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from reliability.harness import wait_until
 
 from longtail_experts.cli import main
 from longtail_experts.tracking import patience
+from longtail_experts.tracking import recorder as recorders
 from longtail_experts.tracking.patience import is_transient, patiently
 from longtail_experts.tracking.recorder import (
     Recorder,
@@ -129,6 +131,31 @@ def test_checkpoints_are_sent_seldom_where_sending_is_slow_but_the_last_one_alwa
     assert len(sent) <= 3  # 0.2 s of saving, of which 2 % may be spent; and the last
     stored = torch.load(run.client.download_artifacts(run.run_id, "checkpoints/last.pt"))
     assert stored["step"] == 19
+
+
+def test_points_are_sent_seldom_where_sending_takes_long_but_all_are_sent_at_the_end(
+    run, monkeypatch
+):
+    """Where a thread sends all the time, steps of a GPU wait for Python's lock."""
+    send, sent = run.log_metric_points, []
+
+    def counted(points, **kwargs):
+        send(points, **kwargs)
+        sent.append(len(points))
+
+    monkeypatch.setattr(run, "log_metric_points", counted)
+    monkeypatch.setattr(recorders, "POINTS_SHARE", 1e-9)  # others gather without an end
+    monkeypatch.setattr(recorders, "LONGEST_GATHERING", 1000.0)
+    monkeypatch.setattr(recorders, "BATCH", 10)
+    with Recorder(run) as recorder:
+        recorder.log_points([("lr", 0.1, 0)])
+        wait_until(lambda: sent == [1])
+        for step in range(1, 24):
+            recorder.log_points([("lr", 0.1, step)])  # as many as are sent at once: no more wait
+        wait_until(lambda: len(sent) == 3)
+        recorder.finish(20)  # does not wait for others to gather
+    assert sent == [1, 10, 10, 3]
+    assert [step for step, _ in run.history("lr")] == list(range(24))
 
 
 def test_a_checkpoint_replaced_while_it_is_sent_is_sent_again_whole(run, monkeypatch):

@@ -180,7 +180,7 @@ def children(process: subprocess.Popen) -> list[psutil.Process]:
 
 @pytest.fixture
 def undisturbed(project, tiny_arguments) -> str:
-    training = Training(project, ["train", "--loss", "ce", *tiny_arguments], THREADS="1")
+    training = Training(project, ["train", "--loss", "ce", *tiny_arguments])
     assert training.wait() == 0, training.output
     (run,) = training_runs()
     return run.info.run_id

@@ -59,7 +59,7 @@ def eight_train(folder: Path, arguments: list[str]) -> None:
     """All finish, every point of every run is in the store once, every artifact too."""
     short = [*arguments, "--epochs=2", "--milestones=none", "--batch_size=32"]
     trainings = [
-        Training(folder, ["train", "--loss", "ce", *short, f"--seed={seed}"], THREADS="1")
+        Training(folder, ["train", "--loss", "ce", *short, f"--seed={seed}"])
         for seed in range(WRITERS)
     ]
     for training in trainings:

@@ -4,11 +4,13 @@ import csv
 import dataclasses
 import io
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
+from conftest import use_store
 from fake_trials import add_sweep, add_trial
 from mlflow import MlflowClient
 from scipy.special import log_softmax, logsumexp
@@ -73,11 +75,26 @@ def test_main_with_all_losses_ends_with_the_comparison(finished):
     assert f"/runs/{finished['all']}/artifacts/comparison/index.html" in note
 
 
-def test_without_a_choice_the_newest_of_each_loss_are_compared(experts_copy, capsys):
-    assert main(["compare"]) == 0
+@pytest.fixture(scope="module")
+def compared_once(three_experts, tmp_path_factory) -> dict[str, str]:
+    """The finished experts in a copy of their store, compared without a choice."""
+    folder, printed = tmp_path_factory.mktemp("compared"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        use_store(folder, Path(three_experts["folder"]) / "mlflow.db", patch)
+        assert main(["compare"]) == 0
+    return {**three_experts, "database": f"{folder}/mlflow.db", "printed": printed.getvalue()}
+
+
+@pytest.fixture
+def compared(compared_once, monkeypatch) -> dict[str, str]:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{compared_once['database']}")
+    return compared_once
+
+
+def test_without_a_choice_the_newest_of_each_loss_are_compared(compared):
     run = newest_comparison()
     rows = list(csv.DictReader(io.StringIO(read(run.info.run_id, "table.csv"))))
-    assert {row["run_id"] for row in rows} == {experts_copy[loss] for loss in LOSSES}
+    assert {row["run_id"] for row in rows} == {compared[loss] for loss in LOSSES}
     for row in rows:
         recorded = MlflowClient().get_run(row["run_id"]).data.metrics
         for name, value in recorded.items():
@@ -86,17 +103,16 @@ def test_without_a_choice_the_newest_of_each_loss_are_compared(experts_copy, cap
         assert "" not in (row["params.loss"], row["tags.step_path"])
     header = read(run.info.run_id, "table.csv").splitlines()[0].split(",")
     assert len(set(header)) == len(header)
-    assert read(run.info.run_id, "report.md") in capsys.readouterr().out
+    assert read(run.info.run_id, "report.md") in compared["printed"]
     assert run.info.status == "FINISHED"
 
 
-def test_the_table_holds_the_recorded_figures_and_marks_the_best(experts_copy):
-    assert main(["compare", "--run_ids", ",".join(experts_copy[loss] for loss in LOSSES)]) == 0
+def test_the_table_holds_the_recorded_figures_and_marks_the_best(compared):
     text = read(newest_comparison().info.run_id, "report.md")
     (line,) = re.findall(r"^\| test_balanced: balanced, % \|(.*)\|$", text, flags=re.M)
     cells = [cell.strip() for cell in line.split("|")]
     values = [
-        MlflowClient().get_run(experts_copy[loss]).data.metrics["test_balanced/balanced_accuracy"]
+        MlflowClient().get_run(compared[loss]).data.metrics["test_balanced/balanced_accuracy"]
         for loss in LOSSES
     ]
     for cell, value in zip(cells, values, strict=True):
@@ -108,8 +124,7 @@ def test_the_table_holds_the_recorded_figures_and_marks_the_best(experts_copy):
     assert set(marked) == {min(nlls)}
 
 
-def test_differences_are_listed_and_equal_settings_are_not(experts_copy):
-    assert main(["compare"]) == 0
+def test_differences_are_listed_and_equal_settings_are_not(compared):
     text = read(newest_comparison().info.run_id, "report.md")
     part = text.split("### What differs")[1].split("###")[0]
     assert "| expert_seed |" in part
@@ -117,15 +132,14 @@ def test_differences_are_listed_and_equal_settings_are_not(experts_copy):
     assert "| loss |" not in part
 
 
-def test_posthoc_adjustment_is_shown_over_all_tau_and_none_is_chosen(experts_copy):
-    assert main(["compare"]) == 0
+def test_posthoc_adjustment_is_shown_over_all_tau_and_none_is_chosen(compared):
     text = read(newest_comparison().info.run_id, "report.md")
     part = text.split("### Post-hoc logit adjustment")[1].split("###")[0]
     assert "| tau | 0 | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | 2 |" in part
     assert "No tau is selected" in part
     assert "**" not in part
     for loss in LOSSES:
-        metrics = MlflowClient().get_run(experts_copy[loss]).data.metrics
+        metrics = MlflowClient().get_run(compared[loss]).data.metrics
         (line,) = re.findall(rf"^\| {loss}: balanced, % \|(.*)\|$", part, flags=re.M)
         at_one = float(line.split("|")[4])
         recorded = metrics["test_balanced/adjusted_balanced_accuracy"]

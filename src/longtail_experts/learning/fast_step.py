@@ -50,14 +50,20 @@ def cuda_graphs() -> Recorder:
 
     def record(run: Callable[[], None]) -> Callable[[], None]:
         with _recording:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    run()
-            torch.cuda.current_stream().wait_stream(stream)
+            ours = torch.cuda.current_stream()
+            stream.wait_stream(ours)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UP):
+                        run()
+            finally:  # whoever puts the state back after a failure comes after these steps
+                ours.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                run()
+            try:
+                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                    run()
+            finally:
+                torch.cuda.set_stream(ours)  # older PyTorch leaves its own after a failure
         return graph.replay
 
     return record
@@ -259,4 +265,5 @@ def _half_twice(values: Tensor) -> Tensor:
 
 def _fill(own: Batch, batch: Batch) -> None:
     for into, values in zip(_flat(own), _flat(batch), strict=True):
-        into.copy_(values)
+        if values.numel():  # most augmentations are off: a call for each, in every step
+            into.copy_(values)

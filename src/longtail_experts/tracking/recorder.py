@@ -28,6 +28,9 @@ from longtail_experts.tracking.runs import BATCH, KILLED_PATIENCE, Run, RunError
 log = logging.getLogger(__name__)
 
 UPLOAD_SHARE = 0.02  # of the time since the last upload of a checkpoint that the next may take
+# Points are sent for at most this share of the time: the thread that sends them holds Python's
+# lock, for which steps of a millisecond would wait. Seconds at most until more are sent.
+POINTS_SHARE, LONGEST_GATHERING = 0.02, 5.0
 Point = tuple[str, float, int, int]  # name, value, optimiser step, milliseconds since 1970
 
 
@@ -60,7 +63,7 @@ class Recorder:
         self._later: dict[str, int] = {}  # to be sent when that costs little, or at the end
         self._sent: dict[str, tuple[float, float]] = {}  # name -> when, and how long it took
         self._change = threading.Condition()
-        self._closing = self._is_over = False
+        self._closing = self._is_over = self._in_haste = False
         self._problem = ""
 
     def __enter__(self) -> "Recorder":
@@ -160,6 +163,7 @@ class Recorder:
         with self._change:
             self._due |= self._later
             self._later = {}
+            self._in_haste = True
             self._change.notify_all()
             if not self._change.wait_for(lambda: not (self._points or self._due), seconds):
                 raise UndeliveredError(
@@ -211,11 +215,7 @@ class Recorder:
                 points, name = list(self._points)[:BATCH], min(self._due, default=None)
             try:
                 if points:
-                    self._run.log_metric_points(points, wait=False)
-                    with self._change:
-                        for _ in points:
-                            self._points.popleft()
-                        self._change.notify_all()
+                    self._send(points)
                 else:
                     self._upload(name)
             except Exception as error:  # whatever a store, its client or a disk can raise
@@ -234,6 +234,19 @@ class Recorder:
             if self._problem:
                 log.warning("the tracking store is back; delivery goes on")
             self._problem, pause = "", FIRST_PAUSE
+
+    def _send(self, points: list[Metric]) -> None:
+        """The first of those that wait; then, while there is no haste, others gather."""
+        started = time.monotonic()
+        self._run.log_metric_points(points, wait=False)
+        gathering = min((time.monotonic() - started) / POINTS_SHARE, LONGEST_GATHERING)
+        with self._change:
+            for _ in points:
+                self._points.popleft()
+            self._change.notify_all()
+            self._change.wait_for(
+                lambda: self._closing or self._in_haste or len(self._points) >= BATCH, gathering
+            )
 
     def _upload(self, name: str) -> None:
         """A hard link is sent, so that a checkpoint replaced meanwhile is not a mixture of two."""
