@@ -1,4 +1,4 @@
-"""What a training run writes as it goes: on the local disk at once, in the store soon after.
+"""What a training run writes as it goes: on the local disk at once, in the store seconds later.
 
 Every point is a line of `points.jsonl` and every checkpoint a file in the run's local folder
 before anything is sent. A thread of its own delivers both, points in order, and tries again
