@@ -75,9 +75,9 @@ def main() -> None:
         os.environ["LONGTAIL_CACHE_DIR"] = folder
         steps_a_second(1, 1, True)  # imports, and makes the store
         for _ in range(options.n):
-            for is_recorded, found in rates.items():
-                found.append(steps_a_second(options.experts, options.epochs, is_recorded))
-    ratios = [ours / plain for plain, ours in zip(rates[False], rates[True], strict=True)]
+            for is_recorded, values in rates.items():
+                values.append(steps_a_second(options.experts, options.epochs, is_recorded))
+    ratios = [recorded / bare for bare, recorded in zip(rates[False], rates[True], strict=True)]
     found = {"experts": options.experts, "n": options.n, "epochs": options.epochs}
     found |= spread("steps_a_second", rates[False])
     found |= spread("recorded_steps_a_second", rates[True])

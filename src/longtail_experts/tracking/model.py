@@ -71,7 +71,7 @@ def log_expert_model(
         pip_requirements=[f"{name}=={v.split('+')[0]}" for name, v in versions.items()],
         code_paths=[served_expert.__file__],
         serialization_format="pt2",
-        validate_serving_input=False,  # seconds, to open what was written a moment ago
+        validate_serving_input=False,  # takes seconds, to open what was just written
         prior=prior.tolist(),
     )
 

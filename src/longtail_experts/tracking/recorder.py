@@ -206,16 +206,20 @@ class Recorder:
             self._change.notify_all()
 
     def _deliver(self) -> None:
-        pause = FIRST_PAUSE
+        pause, gathering = FIRST_PAUSE, 0.0
         while True:
             with self._change:
+                self._change.wait_for(
+                    lambda: self._closing or self._in_haste or len(self._points) >= BATCH, gathering
+                )
                 self._change.wait_for(lambda: self._closing or self._points or self._due)
                 if self._closing:
                     return
                 points, name = list(self._points)[:BATCH], min(self._due, default=None)
+            gathering = 0.0
             try:
                 if points:
-                    self._send(points)
+                    gathering = self._send(points)
                 else:
                     self._upload(name)
             except Exception as error:  # whatever a store, its client or a disk can raise
@@ -235,18 +239,16 @@ class Recorder:
                 log.warning("the tracking store is back; delivery goes on")
             self._problem, pause = "", FIRST_PAUSE
 
-    def _send(self, points: list[Metric]) -> None:
-        """The first of those that wait; then, while there is no haste, others gather."""
+    def _send(self, points: list[Metric]) -> float:
+        """The first of those that wait; seconds for which others may gather, unless in haste."""
         started = time.monotonic()
         self._run.log_metric_points(points, wait=False)
-        gathering = min((time.monotonic() - started) / POINTS_SHARE, LONGEST_GATHERING)
+        seconds = time.monotonic() - started
         with self._change:
             for _ in points:
                 self._points.popleft()
             self._change.notify_all()
-            self._change.wait_for(
-                lambda: self._closing or self._in_haste or len(self._points) >= BATCH, gathering
-            )
+        return min(seconds / POINTS_SHARE, LONGEST_GATHERING)
 
     def _upload(self, name: str) -> None:
         """A hard link is sent, so that a checkpoint replaced meanwhile is not a mixture of two."""
