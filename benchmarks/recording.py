@@ -21,6 +21,8 @@ import torch
 from throughput import show, spread
 
 from longtail_experts.learning.at_once import at_once, beside_the_others
+from longtail_experts.tracking.recorder import Recorder
+from longtail_experts.tracking.runs import start_run
 
 STEPS_AN_EPOCH, STEP = 68, 0.001  # seconds
 EACH_EPOCH = ("epoch", "lr", "train/loss", "train/images_per_second")
@@ -29,8 +31,6 @@ EACH_TENTH = tuple(f"val/{group}_accuracy" for group in ("balanced", "head", "ta
 
 def steps_a_second(num_experts: int, num_epochs: int, is_recorded: bool) -> float:
     """Of each of the experts, over their epochs; the delivery of what is left is not counted."""
-    from longtail_experts.tracking.recorder import Recorder
-    from longtail_experts.tracking.runs import start_run
 
     def train(recorder: Recorder | None) -> float:
         values = [torch.zeros(128) for _ in range(8)]
@@ -73,7 +73,7 @@ def main() -> None:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder) / 'mlflow.db'}"
         os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"
         os.environ["LONGTAIL_CACHE_DIR"] = folder
-        steps_a_second(1, 1, True)  # imports, and makes the store
+        steps_a_second(1, 1, True)  # makes the store
         for _ in range(options.n):
             for is_recorded, values in rates.items():
                 values.append(steps_a_second(options.experts, options.epochs, is_recorded))

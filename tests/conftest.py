@@ -153,21 +153,28 @@ def _draw_images(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_arguments(image_folder) -> list[str]:
     fields = {**TINY_EXPERT, "data_dir": str(image_folder), "config": "cifar100_lt"}
-    return [part for name, value in fields.items() for part in (f"--{name}", value)]
+    return arguments_of(fields)
+
+
+def arguments_of(fields: dict[str, object]) -> list[str]:
+    """As on a command line."""
+    return [part for name, value in fields.items() for part in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="session")
 def three_experts(once, tmp_path_factory, migrated_database, tiny_arguments) -> dict[str, str]:
     """One store with `main loss=all` in it: folder, parent and child run ids by loss."""
+    return once(
+        "three-experts",
+        lambda: _train_three(
+            tmp_path_factory.mktemp("three-experts"), migrated_database, tiny_arguments
+        ),
+    )
 
-    def make() -> dict[str, str]:
-        folder = tmp_path_factory.mktemp("three-experts")
-        return _train_three(folder, migrated_database, tiny_arguments)
 
-    return once("three-experts", make)
-
-
-def _train_three(folder: Path, migrated_database: Path, tiny_arguments: list[str]):
+def _train_three(
+    folder: Path, migrated_database: Path, tiny_arguments: list[str]
+) -> dict[str, str]:
     import mlflow
 
     from longtail_experts.cli import main

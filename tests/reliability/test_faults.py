@@ -144,7 +144,7 @@ def test_points_are_sent_seldom_where_sending_takes_long_but_all_are_sent_at_the
         sent.append(len(points))
 
     monkeypatch.setattr(run, "log_metric_points", counted)
-    monkeypatch.setattr(recorders, "POINTS_SHARE", 1e-9)  # others gather without an end
+    monkeypatch.setattr(recorders, "SENDING_SHARE", 1e-9)  # others gather without an end
     monkeypatch.setattr(recorders, "LONGEST_GATHERING", 1000.0)
     monkeypatch.setattr(recorders, "BATCH", 10)
     with Recorder(run) as recorder:

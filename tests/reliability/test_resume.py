@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import arguments_of, assert_same_logits
 from mlflow import MlflowClient
 from reliability.harness import history, last_checkpoint, training_runs
 
@@ -52,8 +53,9 @@ def interrupted(store, tiny_arguments):
 
 
 def test_an_interrupted_main_resumes_to_the_same_expert(
-    interrupted, three_experts, capsys, tiny_arguments
+    store, interrupted, three_experts, capsys, tiny_arguments
 ):
+    """That of `main loss=all`, too, though trained alone."""
     run_id = interrupted("main", "ce", 10)
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("terminated at step ")
@@ -74,6 +76,8 @@ def test_an_interrupted_main_resumes_to_the_same_expert(
     for name, weights in theirs[1]["model"].items():
         assert torch.equal(ours[1]["model"][name], weights), name
     assert torch.equal(ours[1]["rng"]["torch"], rng["torch"])
+    assert "mlflow.parentRunId" not in Run(run_id).tags
+    assert_same_logits(store, run_id, three_experts, "ce")
 
     assert main(["main", "--resume", run_id]) == 0
     assert "is finished already; nothing was changed" in capsys.readouterr().out
@@ -155,7 +159,7 @@ def test_a_deferred_loss_under_strong_augmentation_goes_on_in_mid_epoch(
             "precision": precision,
         },
     }
-    arguments = [*tiny_arguments, *(p for k, v in fields.items() for p in (f"--{k}", v))]
+    arguments = [*tiny_arguments, *arguments_of(fields)]
     assert main(["train", "--loss", "ldam_drw", *arguments]) == 0
     train_step, taken = steps.train_step, []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import use_store
+from conftest import arguments_of, use_store
 from fake_trials import add_sweep, add_trial
 from mlflow import MlflowClient
 from scipy.special import log_softmax, logsumexp
@@ -217,9 +217,8 @@ def test_experts_of_two_imbalance_factors(store, image_folder, tiny_arguments, c
         "epochs": "1",
         "milestones": "none",
     }
-    fields = [part for name, value in few.items() for part in (f"--{name}", value)]
     for loss, factor in (("ce", "4"), ("logit_adjust", "5")):
-        given = [*tiny_arguments, *fields, "--imbalance_factor", factor]
+        given = [*tiny_arguments, *arguments_of(few), "--imbalance_factor", factor]
         assert main(["main", "--loss", loss, *given]) == 0
     of_each = {run.data.tags["expert"]: run.data.params for run in all_runs()}
     assert of_each["ce"]["splits_sha256"] != of_each["logit_adjust"]["splits_sha256"]

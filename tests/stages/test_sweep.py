@@ -19,7 +19,7 @@ import mlflow
 import psutil
 import pytest
 import yaml
-from conftest import use_store
+from conftest import arguments_of, use_store
 from mlflow import MlflowClient
 from reliability.harness import Training, journal_lines, wait_until
 
@@ -98,9 +98,8 @@ def test_a_wrong_sweep_is_refused_in_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path, **content)
-    arguments = [part for name, value in overrides.items() for part in (f"--{name}", value)]
     before = sorted(tmp_path.rglob("*"))
-    assert main(["sweep", "--sweep", file, *arguments]) == 2
+    assert main(["sweep", "--sweep", file, *arguments_of(overrides)]) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert says in line
@@ -240,8 +239,8 @@ def test_a_failing_trial_is_tried_twice_and_stops_no_other(swept_store):
 @needs_ray
 def test_a_trial_is_an_ordinary_expert(swept_store, tiny_arguments):
     """Bit for bit that of `main`, though its process has trained others before."""
-    changed = [part for name, value in BRIEF.items() for part in (f"--{name}", str(value))]
-    assert main(["main", "--loss", "logit_adjust", *tiny_arguments, *changed]) == 0
+    arguments = [*tiny_arguments, *arguments_of(BRIEF)]
+    assert main(["main", "--loss", "logit_adjust", *arguments]) == 0
     run_id = trials_of(swept_store["parent"])["0.01", "logit_adjust"]["run_id"]
     trial = MlflowClient().get_run(run_id)
     (alone,) = (run for run in runs("main") if "mlflow.parentRunId" not in run.data.tags)

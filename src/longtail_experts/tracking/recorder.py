@@ -27,10 +27,10 @@ from longtail_experts.tracking.runs import BATCH, KILLED_PATIENCE, Run, RunError
 
 log = logging.getLogger(__name__)
 
-UPLOAD_SHARE = 0.02  # of the time since the last upload of a checkpoint that the next may take
-# Points are sent for at most this share of the time: the thread that sends them holds Python's
-# lock, for which steps of a millisecond would wait. Seconds at most until more are sent.
-POINTS_SHARE, LONGEST_GATHERING = 0.02, 5.0
+# Of the time, what sending may take: points gather meanwhile, a checkpoint waits for a later one.
+# The thread that sends holds Python's lock, for which steps of a millisecond would wait.
+SENDING_SHARE = 0.02
+LONGEST_GATHERING = 5.0  # seconds, for points, however long it took to send the last ones
 Point = tuple[str, float, int, int]  # name, value, optimiser step, milliseconds since 1970
 
 
@@ -136,7 +136,7 @@ class Recorder:
         with self._change:
             when, seconds = self._sent.get(name, (0.0, 0.0))
             saved = 1 + max(self._due.pop(name, 0), self._later.pop(name, 0))
-            is_cheap = seconds <= UPLOAD_SHARE * (time.monotonic() - when)
+            is_cheap = seconds <= SENDING_SHARE * (time.monotonic() - when)
             (self._due if is_cheap else self._later)[name] = saved
             self._change.notify_all()
 
@@ -248,7 +248,7 @@ class Recorder:
             for _ in points:
                 self._points.popleft()
             self._change.notify_all()
-        return min(seconds / POINTS_SHARE, LONGEST_GATHERING)
+        return min(seconds / SENDING_SHARE, LONGEST_GATHERING)
 
     def _upload(self, name: str) -> None:
         """A hard link is sent, so that a checkpoint replaced meanwhile is not a mixture of two."""
