@@ -150,7 +150,7 @@ class Config(BaseModel):
     fast: bool = Field(
         True,
         description="compile the training step where the run is long enough to repay it, and on a "
-        "GPU replay it as a CUDA graph; false: PyTorch's own operators always",
+        "GPU replay it, and forward passes, as CUDA graphs; false: PyTorch's own operators always",
     )
     register_as: str | None = Field(
         None,

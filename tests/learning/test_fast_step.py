@@ -22,8 +22,10 @@ from longtail_experts.data.batches import batches_of, draw_epoch, load_batch, pa
 from longtail_experts.learning import fast_step
 from longtail_experts.learning.at_once import at_once, beside_the_others
 from longtail_experts.learning.fast_step import (
+    RECORD_AFTER,
     WARM_UP,
     CannotRecordError,
+    RecordedPasses,
     RecordedSteps,
     how_far_apart,
     make_momenta,
@@ -34,6 +36,7 @@ from longtail_experts.learning.resnet import ResNet32, build_resnet32
 from longtail_experts.learning.step import (
     NonFiniteLossError,
     TrainState,
+    predict_logits,
     start_training,
     train_epoch,
     train_step,
@@ -498,6 +501,98 @@ def test_how_far_apart_by_hand():
     assert broken != broken
 
 
+# --- forward passes ---------------------------------------------------------------------------
+
+
+def predict(model, passes=None, num_images=44) -> torch.Tensor:
+    """Logits of batches of 4 and what is left; other images for another number of them."""
+    generator = torch.Generator().manual_seed(num_images)
+    images = torch.randn(num_images, 3, 8, 8, generator=generator)
+    return predict_logits(model, images.split(4), passes=passes)
+
+
+def noting(recorded: list, replayed: list):
+    """A recorder of passes that notes each recording and each replay."""
+
+    def record(run):
+        recorded.append(run)
+        for _ in range(WARM_UP):
+            run()
+        return lambda: (replayed.append(run), run())
+
+    return lambda: record
+
+
+def test_replayed_passes_return_what_the_model_does():
+    model, recorded, replayed = tiny(), [], []
+    passes = RecordedPasses(noting(recorded, replayed))
+    for num_images in (40, 42, 43, 40):
+        assert torch.equal(predict(model, passes, num_images), predict(model, None, num_images))
+    assert len(recorded) == 1  # 2 and 3 images came once each
+    assert len(replayed) == 1 + 40 - RECORD_AFTER - 1  # the check, and all after what was recorded
+
+
+def test_a_size_is_recorded_only_where_it_comes_often():
+    model, made = tiny(), []
+    passes = RecordedPasses(counting(made))
+    predict(model, passes, 4 * RECORD_AFTER)
+    assert made == []
+    predict(model, passes, 4)
+    assert len(made) == 1
+
+
+def test_replays_read_the_weights_as_they_are():
+    model, passes = tiny(), RecordedPasses(call_again)
+    before = predict(model, passes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model[1].running_mean.add_(0.1)
+    after = predict(model, passes)
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, predict(model))
+
+
+def test_another_model_is_recorded_anew_and_a_copy_has_recordings_of_its_own():
+    model, made = tiny(), []
+    passes = RecordedPasses(counting(made))
+    predict(model, passes)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[5].bias.add_(1)
+    for recordings in (passes, copy.deepcopy(passes)):
+        assert torch.equal(predict(other, recordings), predict(other))
+    assert len(made) == 3
+
+
+def test_what_a_pass_returned_stays_while_others_are_replayed():
+    model, passes = tiny(), RecordedPasses(call_again)
+    predict(model, passes)
+    with torch.inference_mode():
+        first = passes.take(model, torch.ones(4, 3, 8, 8))
+        kept = first.clone()
+        passes.take(model, torch.zeros(4, 3, 8, 8))
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("make_recorder", "reason"),
+    [
+        (refusing, "operation not permitted when stream is capturing$"),
+        (no_driver, "no driver"),
+        (doing(nothing), "replayed logits are .* of their length away from plain ones"),
+    ],
+)
+def test_where_passes_cannot_be_replayed_one_warning_says_why(make_recorder, reason):
+    model = tiny()
+    passes = RecordedPasses(make_recorder)
+    with pytest.warns(UserWarning, match=f"not replayed, and slower: .*{reason}") as caught:
+        found = [predict(model, passes, num_images) for num_images in (44, 42)]
+    assert len(caught) == 1
+    for logits, num_images in zip(found, (44, 42), strict=True):
+        assert torch.equal(logits, predict(model, None, num_images))
+
+
 # --- what a graph can hold --------------------------------------------------------------------
 
 
@@ -615,6 +710,23 @@ def test_on_a_gpu_a_resnet_is_replayed(precision):
         losses = train(graph, range(2), load, lr=0.01, precision=precision)
     assert graph.path == "graph"
     assert losses == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_replayed_passes_equal_plain_ones():
+    """1e-5 of the largest logit, of weights that change between passes as well."""
+    model, passes = resnet().cuda(), RecordedPasses()
+    pixels = torch.randint(256, (44, 32, 32, 3), dtype=torch.uint8, device="cuda")
+    images = batches.normalise(pixels).split(4)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = predict_logits(model, images, passes=passes)
+        expected = predict_logits(model, images)
+        assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
 
 
 @pytest.mark.gpu

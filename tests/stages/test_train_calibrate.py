@@ -7,16 +7,23 @@ import mlflow
 import pytest
 import torch
 import yaml
-from conftest import assert_same_logits
+from conftest import TINY_EXPERT, assert_same_logits
 from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
+from longtail_experts.config import make_config
 from longtail_experts.data.batches import load_batch
-from longtail_experts.learning.fast_step import RecordedSteps
+from longtail_experts.learning import fast_step
+from longtail_experts.learning.fast_step import RecordedPasses, RecordedSteps
 from longtail_experts.learning.step import as_it_is
-from longtail_experts.stages import train
-from longtail_experts.stages.inputs import state_before_training
+from longtail_experts.stages import calibrate, train
+from longtail_experts.stages.inputs import (
+    build_network,
+    for_one_expert,
+    load_dataset,
+    state_before_training,
+)
 from longtail_experts.stages.train import Selection
 from longtail_experts.tracking.runs import RunError
 
@@ -174,21 +181,24 @@ def test_a_stage_does_not_know_whether_steps_are_replayed(
     store, trained_briefly, briefly, monkeypatch, works
 ):
     """The recorder stands in for a GPU's. Where it fails, the run says at its end what ran."""
+    made = []
 
     def stand_in():
         def record(run):
             if not works:
                 raise RuntimeError("no graphs here")
+            made.append(run)
             return run
 
         return record
 
     def recorded(*arguments):
         state = state_before_training(*arguments)
-        state.recorded = RecordedSteps(stand_in)
+        state.recorded, state.passes = RecordedSteps(stand_in), RecordedPasses(stand_in)
         return state
 
     monkeypatch.setattr(train, "state_before_training", recorded)
+    monkeypatch.setattr(fast_step, "RECORD_AFTER", 0)
     before = trained_briefly
     assert before.data.tags["step_path"] == "plain"
     with pytest.warns(UserWarning, match="no graphs here") if not works else nullcontext():
@@ -196,12 +206,32 @@ def test_a_stage_does_not_know_whether_steps_are_replayed(
     runs = MlflowClient().search_runs([before.info.experiment_id])
     (after,) = [run for run in runs if run.info.run_id != before.info.run_id]
     assert after.data.tags["step_path"] == ("graph" if works else "plain")
+    assert len(made) == (4 if works else 0)  # full batches and last ones, of training and of val_lt
     for name in ("best.pt", "last.pt"):
         ours, theirs = (
             torch.load(artifact_folder(store, run.info.run_id) / "checkpoints" / name)["model"]
             for run in (after, before)
         )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+def test_a_stage_does_not_know_whether_forward_passes_are_replayed(image_folder, monkeypatch):
+    replayed = []
+
+    def stand_in():
+        return lambda run: lambda: (replayed.append(run), run())
+
+    config = for_one_expert(make_config({**TINY_EXPERT, "data_dir": str(image_folder)}), "ce")
+    data = load_dataset(config)
+    network = build_network(config, data)
+    expected = calibrate.split_logits(network, config, data)
+    assert replayed == []
+    monkeypatch.setattr(fast_step, "RECORD_AFTER", 0)
+    monkeypatch.setattr(calibrate, "recorded_passes", lambda *_: RecordedPasses(stand_in))
+    logits = calibrate.split_logits(network, config, data)
+    assert replayed
+    assert logits.keys() == expected.keys()
+    assert all(torch.equal(logits[split], expected[split]) for split in expected)
 
 
 @pytest.mark.parametrize("augmentation", ["plain", "autoaugment"])

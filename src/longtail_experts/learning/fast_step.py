@@ -1,4 +1,4 @@
-"""Training steps that are recorded once and replayed: on a GPU, as CUDA graphs.
+"""Training steps and forward passes that are recorded once and replayed: on a GPU, as CUDA graphs.
 
 A step of a ResNet-32 is some 400 kernels of a few microseconds; starting them one by one takes
 longer than they do. A graph starts all at once: loading the batch, forward and backward pass and
@@ -11,13 +11,15 @@ step again where CUDA would replay it.
 
 import copy
 import threading
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WARM_UP = 3  # steps before a recording, in which libraries choose kernels and allocate
 CHECK_LR = 0.01  # small enough for any state to survive a step of the check
@@ -27,6 +29,9 @@ CHECK_LR = 0.01  # small enough for any state to survive a step of the check
 # at another rate or of another batch is 1 away or more.
 LOSS_APART = {"fp32": 1e-4, "bf16": 1e-2}  # relative
 APART = {"fp32": 0.1, "bf16": 0.9}  # of any tensor, relative to the length of its change
+
+RECORD_AFTER = 6  # forward passes of one size: what recording one takes
+LOGITS_APART = 1e-4  # relative, lengths as in Euclid; rounding gives some 1e-6
 
 Batch = tuple[Tensor | tuple[Tensor, ...], ...]
 Step = Callable[[Any, Batch, float | Tensor], Tensor]  # (state, batch, lr) -> loss, on the device
@@ -143,8 +148,7 @@ class RecordedSteps:
             lr.fill_(CHECK_LR)
             require_same_step(state, batch, step, recording, precision)
         except Exception as error:  # whatever a driver, a library or a capture raises
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise CannotRecordError(reason) from error
+            raise CannotRecordError(_reason(error)) from error
         finally:
             with torch.no_grad():
                 for values, value in zip(tensors, before, strict=True):
@@ -152,6 +156,72 @@ class RecordedSteps:
             state.step = count
             state.optimizer.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
         return recording
+
+
+class RecordedPasses:
+    """Forward passes of a model in evaluation, in float32: once RECORD_AFTER batches of a size have
+    been seen, a recording takes the rest.
+
+    Recordings are of one model, and made anew for another. Values may be loaded into its parameters
+    between any two passes.
+    """
+
+    def __init__(self, make_recorder: Callable[[], Recorder] = cuda_graphs):
+        self._make_recorder = make_recorder
+        self._is_refused = False
+        self._forget(None)
+
+    def _forget(self, model: nn.Module | None) -> None:
+        self._model = model
+        self._recorder: Recorder | None = None
+        self._seen: Counter[torch.Size] = Counter()
+        self._recordings: dict[torch.Size, RecordedPass] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RecordedPasses":
+        return RecordedPasses(self._make_recorder)  # a copied model lies elsewhere in memory
+
+    def take(self, model: nn.Module, images: Tensor) -> Tensor:
+        """`model(images)`. Where that cannot be recorded, one warning says why, and passes are
+        plain from then on."""
+        if model is not self._model:
+            self._forget(model)
+        self._seen[images.shape] += 1
+        if self._is_refused or self._seen[images.shape] <= RECORD_AFTER:
+            return model(images)
+        if images.shape not in self._recordings:
+            logits = model(images)
+            try:
+                self._recordings[images.shape] = self._record(images, logits)
+            except Exception as error:  # whatever a driver, a library or a capture raises
+                self._is_refused = True
+                why = _reason(error)
+                warnings.warn(f"forward passes are not replayed, and slower: {why}", stacklevel=3)
+            return logits
+        recording = self._recordings[images.shape]
+        recording.images.copy_(images)
+        recording.replay()
+        return recording.logits.clone()
+
+    def _record(self, images: Tensor, expected: Tensor) -> "RecordedPass":
+        if self._recorder is None:
+            self._recorder = self._make_recorder()
+        own, logits, model = torch.zeros_like(images), torch.empty_like(expected), self._model
+        replay = self._recorder(lambda: logits.copy_(model(own)))
+        own.copy_(images)
+        replay()
+        apart = float((logits - expected).norm() / expected.norm())
+        if not apart <= LOGITS_APART:
+            raise CannotRecordError(
+                f"replayed logits are {apart:.2g} of their length away from plain ones (at most "
+                f"{LOGITS_APART:g})"
+            )
+        return RecordedPass(own, logits, replay)
+
+
+class RecordedPass(NamedTuple):
+    images: Tensor  # what a replay reads, beside the model
+    logits: Tensor  # what it writes
+    replay: Callable[[], Any]
 
 
 def require_same_step(
@@ -241,6 +311,10 @@ def _is_same(ours: Any, theirs: Any) -> bool:
     if torch.is_tensor(ours) and torch.is_tensor(theirs):
         return torch.equal(ours, theirs)
     return bool(ours == theirs)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _flat(batch: Batch) -> Iterator[Tensor]:

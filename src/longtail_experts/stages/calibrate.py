@@ -24,7 +24,7 @@ from longtail_experts.learning.evaluation import (
 from longtail_experts.learning.losses import LOSSES, prior_of
 from longtail_experts.learning.metrics import mean_over, per_class_recall
 from longtail_experts.learning.resnet import ResNet32
-from longtail_experts.learning.step import predict_logits
+from longtail_experts.learning.step import predict_logits, recorded_passes
 from longtail_experts.stages.inputs import load_dataset, log_offset_of, resolve, selects
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
@@ -176,9 +176,12 @@ def load_network(weights: dict[str, Tensor], config: Config, data: Dataset) -> n
 
 def split_logits(network: nn.Module, config: Config, data: Dataset) -> dict[str, Tensor]:
     """float32 [N, C] of every split; test_lt lies inside test_balanced and is cut out of it."""
+    passes = recorded_passes(config.device, config.fast)
     logits = {
         split: predict_logits(
-            network, plain_batches(data.pixels(split), config.batch_size, config.device)
+            network,
+            plain_batches(data.pixels(split), config.batch_size, config.device),
+            passes=passes,
         )
         for split in data.split_names
         if split != "test_lt" and data.size(split)

@@ -274,7 +274,8 @@ def last_milestone(config: Config) -> int:
 def validate(state: TrainState, epoch: int, config: Config, data: Dataset) -> dict[str, float]:
     """Accuracies on val_lt, and the training loss there (not comparable across losses)."""
     batches = plain_batches(data.pixels("val_lt"), config.batch_size, config.device)
-    logits, targets = predict_logits(state.model, batches), data.targets("val_lt")
+    logits = predict_logits(state.model, batches, passes=state.passes)
+    targets = data.targets("val_lt")
     loss = objective_at(epoch, config, data, device="cpu")(logits, targets)
     if not bool(torch.isfinite(loss)):
         raise NonFiniteLossError(
