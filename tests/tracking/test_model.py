@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from longtail_experts import load_expert_logits
+from longtail_experts.data import batches
 from longtail_experts.data.sources import folder_images
+from longtail_experts.learning.resnet import build_resnet32
+from longtail_experts.tracking.model import CalibratedExpert
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -44,6 +47,17 @@ def test_pyfunc_gives_both_priors(model_uri, expected):
     assert np.abs(uniform - train).max() > 0.01
     with pytest.raises(ValueError, match="must be 'uniform' or 'train'"):
         model.predict(images[:2], {"prior": "other"})
+
+
+def test_one_expert_after_another_is_exported_where_no_image_was_normalised_before():
+    """As on a GPU, where all images are: what the first export makes must serve the second."""
+    batches._mean_and_std.cache_clear()
+    images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    offset, prior = torch.zeros(5), torch.full((5,), 0.2)
+    for seed in range(2):
+        expert = CalibratedExpert(build_resnet32(5, "pad", seed), 1.5, offset, prior).eval()
+        program = torch.export.export(expert, (images,)).module()
+        torch.testing.assert_close(program(images), expert(images))
 
 
 def test_pytorch_flavour(model_uri, expected):

@@ -29,6 +29,7 @@ GPU_BATCH = 1024
 # Per channel, of the 50,000 CIFAR-100 training images scaled to [0, 1].
 MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
+_ON_THE_CPU = torch.tensor(MEAN), torch.tensor(STD)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -45,7 +46,10 @@ def normalise(images: Tensor) -> Tensor:
 
 @functools.cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Once a device: while a CUDA graph is recorded, nothing can be sent there."""
+    """Once a device: while a CUDA graph is recorded, nothing can be sent there. On the CPU those made
+    at the import: made while torch.export traces, they would have no values."""
+    if device.type == "cpu":
+        return _ON_THE_CPU
     with torch.inference_mode(False):
         return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
