@@ -22,7 +22,11 @@ from typing import Any
 
 BUCKETS = {
     "data": (("inputs", "load_dataset"),),
-    "train": (("train", "train_epoch"), ("train", "state_before_training")),
+    "train": (
+        ("train", "state_before_training"),
+        ("train", "announce_cost"),
+        ("train", "train_epoch"),
+    ),
     "validate": (("train", "validate"),),
     "calibrate": (("calibrate", "fit_temperature"), ("calibrate", "test_metrics")),
     "export": (

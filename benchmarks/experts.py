@@ -14,7 +14,17 @@ import time
 from functools import partial
 from itertools import islice
 
-from throughput import Found, OurLoop, common_options, load, name_of, show, spread, wait_for
+from throughput import (
+    Found,
+    OurLoop,
+    common_options,
+    forget_peak,
+    load,
+    name_of,
+    show,
+    spread,
+    wait_for,
+)
 
 from longtail_experts.config import Config
 from longtail_experts.data.dataset import Dataset
@@ -43,6 +53,7 @@ def one_by_one(loops: list[OurLoop], num_steps: int, device: str) -> None:
 
 def measure(options: argparse.Namespace, config: Config, data: Dataset, num_experts: int) -> Found:
     device = config.device
+    forget_peak(device)
     loops = [
         OurLoop(data, options.batch_size, device, config.precision, options.planned_images)
         for _ in range(num_experts)

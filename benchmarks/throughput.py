@@ -141,6 +141,13 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def forget_peak(device: str) -> None:
+    """Of memory held before; on a CPU the peak is that of the process."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 Found = dict[str, float | int | str]  # what is printed, by name
 
 

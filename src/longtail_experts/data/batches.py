@@ -46,8 +46,8 @@ def normalise(images: Tensor) -> Tensor:
 
 @functools.cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Once a device: while a CUDA graph is recorded, nothing can be sent there. On the CPU those made
-    at the import: made while torch.export traces, they would have no values."""
+    """Once a device: while a CUDA graph is recorded, nothing can be sent there. For the CPU at the
+    import: made while torch.export traces, they would have no values."""
     if device.type == "cpu":
         return _ON_THE_CPU
     with torch.inference_mode(False):

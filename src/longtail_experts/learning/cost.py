@@ -84,12 +84,10 @@ def _kept_bytes(model: nn.Module, num_images: int, precision: str, device: str) 
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most memory that was in use: on a GPU, by tensors since the last call, those of experts
-    that train beside this one included; on a CPU, by this process since it began."""
+    """The most memory that this process has held since it began, experts that train beside this one
+    included: on a GPU what PyTorch has taken from the device, that of recorded steps with it."""
     if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
+        return torch.cuda.max_memory_reserved()
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -102,16 +100,17 @@ class Pace(NamedTuple):
 
 
 def measure_pace(
-    state: TrainState, images: Tensor, targets: Tensor, objective: Objective, precision: str
+    state: TrainState, batch: Batch, predicted: Tensor, objective: Objective, precision: str
 ) -> Pace:
-    """Medians over a few steps on one batch; `state` is of no use afterwards."""
+    """Medians over a few steps on (images, targets) and passes over the images `predicted`; `state`
+    is of no use afterwards."""
     state.model.train()
-    training = time_steps(state, [(images, targets)] * (WARM_UP + NUM_STEPS), objective, precision)
+    training = time_steps(state, [batch] * (WARM_UP + NUM_STEPS), objective, precision)
     predicting = []
     for _ in range(WARM_UP + NUM_STEPS):
         started = time.perf_counter()
-        predict_logits(state.model, [images])
-        predicting.append((time.perf_counter() - started) / len(images))
+        predict_logits(state.model, [predicted])
+        predicting.append((time.perf_counter() - started) / len(predicted))
     return Pace(training, statistics.median(predicting[WARM_UP:]))
 
 

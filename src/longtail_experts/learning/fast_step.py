@@ -30,7 +30,9 @@ CHECK_LR = 0.01  # small enough for any state to survive a step of the check
 LOSS_APART = {"fp32": 1e-4, "bf16": 1e-2}  # relative
 APART = {"fp32": 0.1, "bf16": 0.9}  # of any tensor, relative to the length of its change
 
-RECORD_AFTER = 6  # forward passes of one size: what recording one takes
+# Forward passes of one size before one is recorded. A recording takes six passes and waits for the
+# whole GPU; of images enough to keep that busy, a replay saves no more than the calls: an estimate.
+RECORD_AFTER = 60
 LOGITS_APART = 1e-4  # relative, lengths as in Euclid; rounding gives some 1e-6
 
 Batch = tuple[Tensor | tuple[Tensor, ...], ...]
@@ -42,34 +44,41 @@ class CannotRecordError(RuntimeError):
     """No recording could be made, or it does something else; the message says why."""
 
 
-_recording = threading.Lock()  # PyTorch waits for the whole device first: not while another records
+# Whoever records waits for the whole device first, which none may while another records; and before
+# version 2.15, PyTorch refuses to replay meanwhile.
+_recording = threading.Lock()
 
 
 def cuda_graphs() -> Recorder:
     """A recorder of CUDA graphs. They share memory: no two of one recorder may run at once.
 
-    One thread of the process records at a time; others may replay theirs meanwhile, on streams
-    of their own.
+    One thread of the process records at a time. Graphs of other recorders, replayed on streams of
+    their own, run beside each other and beside a recording; none is started during one.
     """
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], None]) -> Callable[[], None]:
+        ours = torch.cuda.current_stream()
+        stream.wait_stream(ours)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    run()
+        finally:  # whoever puts the state back after a failure comes after these steps
+            ours.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
         with _recording:
-            ours = torch.cuda.current_stream()
-            stream.wait_stream(ours)
-            try:
-                with torch.cuda.stream(stream):
-                    for _ in range(WARM_UP):
-                        run()
-            finally:  # whoever puts the state back after a failure comes after these steps
-                ours.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                     run()
             finally:
                 torch.cuda.set_stream(ours)  # older PyTorch leaves its own after a failure
-        return graph.replay
+
+        def replay() -> None:
+            with _recording:
+                graph.replay()
+
+        return replay
 
     return record
 
@@ -117,7 +126,10 @@ class RecordedSteps:
         recording, count = self._recordings[size], state.step
         _fill(recording.batch, batch)
         self._lr.fill_(lr)
-        recording.replay()
+        try:
+            recording.replay()
+        except RuntimeError as error:  # then nothing has begun to run
+            raise CannotRecordError(_reason(error)) from error
         state.step = count + 1
         return recording.loss.clone()
 
@@ -128,39 +140,32 @@ class RecordedSteps:
 
     def _record(self, state: Any, batch: Batch, step: Step, precision: str) -> Recording:
         """A recording that was compared with the step itself; `state` is left as it was."""
-        make_momenta(state.optimizer)
-        self._memory = (state.model, _a_momentum(state))
-        tensors, count = tensors_of(state), state.step
-        before = [values.clone() for values in tensors]
-        try:
-            if self._recorder is None:
-                self._recorder = self._make_recorder()
-                self._lr = torch.zeros((), device=tensors[0].device)
-            lr, loss = self._lr.zero_(), torch.zeros((), device=tensors[0].device)
-            own = _first_half_twice(batch)
+        with left_as_it_was(state):
+            self._memory = (state.model, _a_momentum(state))
+            try:
+                device = next(state.model.parameters()).device
+                if self._recorder is None:
+                    self._recorder = self._make_recorder()
+                    self._lr = torch.zeros((), device=device)
+                lr, loss = self._lr.zero_(), torch.zeros((), device=device)
+                own = _first_half_twice(batch)
 
-            def run() -> None:
-                with _rate_in_memory(state.optimizer):
-                    loss.copy_(step(state, own, lr))
+                def run() -> None:
+                    with _rate_in_memory(state.optimizer):
+                        loss.copy_(step(state, own, lr))
 
-            recording = Recording(own, loss, self._recorder(run), step)
-            _fill(own, batch)
-            lr.fill_(CHECK_LR)
-            require_same_step(state, batch, step, recording, precision)
-        except Exception as error:  # whatever a driver, a library or a capture raises
-            raise CannotRecordError(_reason(error)) from error
-        finally:
-            with torch.no_grad():
-                for values, value in zip(tensors, before, strict=True):
-                    values.copy_(value)
-            state.step = count
-            state.optimizer.zero_grad(set_to_none=True)  # gradients lie in the graph's memory
+                recording = Recording(own, loss, self._recorder(run), step)
+                _fill(own, batch)
+                lr.fill_(CHECK_LR)
+                require_same_step(state, batch, step, recording, precision)
+            except Exception as error:  # whatever a driver, a library or a capture raises
+                raise CannotRecordError(_reason(error)) from error
         return recording
 
 
 class RecordedPasses:
-    """Forward passes of a model in evaluation, in float32: once RECORD_AFTER batches of a size have
-    been seen, a recording takes the rest.
+    """Forward passes of a model in evaluation, in float32: after RECORD_AFTER batches of a size, a
+    recording takes the rest.
 
     Recordings are of one model, and made anew for another. Values may be loaded into its parameters
     between any two passes.
@@ -188,40 +193,40 @@ class RecordedPasses:
         self._seen[images.shape] += 1
         if self._is_refused or self._seen[images.shape] <= RECORD_AFTER:
             return model(images)
-        if images.shape not in self._recordings:
-            logits = model(images)
-            try:
-                self._recordings[images.shape] = self._record(images, logits)
-            except Exception as error:  # whatever a driver, a library or a capture raises
-                self._is_refused = True
-                why = _reason(error)
-                warnings.warn(f"forward passes are not replayed, and slower: {why}", stacklevel=3)
-            return logits
-        recording = self._recordings[images.shape]
-        recording.images.copy_(images)
-        recording.replay()
-        return recording.logits.clone()
+        try:
+            if images.shape not in self._recordings:
+                self._recordings[images.shape] = self._record(model, images)
+            return self._recordings[images.shape].take(images)
+        except Exception as error:  # whatever a driver, a library or a capture raises
+            self._is_refused = True
+            why = _reason(error)
+            warnings.warn(f"forward passes are not replayed, and slower: {why}", stacklevel=3)
+            return model(images)
 
-    def _record(self, images: Tensor, expected: Tensor) -> "RecordedPass":
+    def _record(self, model: nn.Module, images: Tensor) -> "RecordedPass":
         if self._recorder is None:
             self._recorder = self._make_recorder()
-        own, logits, model = torch.zeros_like(images), torch.empty_like(expected), self._model
-        replay = self._recorder(lambda: logits.copy_(model(own)))
-        own.copy_(images)
-        replay()
-        apart = float((logits - expected).norm() / expected.norm())
+        expected = model(images)
+        own, logits = torch.zeros_like(images), torch.empty_like(expected)
+        recording = RecordedPass(own, logits, self._recorder(lambda: logits.copy_(model(own))))
+        apart = float((recording.take(images) - expected).norm() / expected.norm())
         if not apart <= LOGITS_APART:
             raise CannotRecordError(
                 f"replayed logits are {apart:.2g} of their length away from plain ones (at most "
                 f"{LOGITS_APART:g})"
             )
-        return RecordedPass(own, logits, replay)
+        return recording
 
 
 class RecordedPass(NamedTuple):
     images: Tensor  # what a replay reads, beside the model
     logits: Tensor  # what it writes
     replay: Callable[[], Any]
+
+    def take(self, images: Tensor) -> Tensor:
+        self.images.copy_(images)
+        self.replay()
+        return self.logits.clone()
 
 
 def require_same_step(
@@ -265,6 +270,22 @@ def make_momenta(optimizer: torch.optim.SGD) -> None:
             values = optimizer.state[parameter]
             if values.get("momentum_buffer") is None:
                 values["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+@contextmanager
+def left_as_it_was(state: Any) -> Iterator[None]:
+    """Of steps taken in here nothing remains, but momenta of zero where there were none."""
+    make_momenta(state.optimizer)
+    tensors, count = tensors_of(state), state.step
+    before = [values.clone() for values in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for values, value in zip(tensors, before, strict=True):
+                values.copy_(value)
+        state.step = count
+        state.optimizer.zero_grad(set_to_none=True)  # gradients may lie in a graph's memory
 
 
 def tensors_of(state: Any) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from longtail_experts.config import LOSS_NAMES, Config
-from longtail_experts.data.batches import plain_batches
+from longtail_experts.data.batches import normalise, plain_batches
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.learning.cost import (
     Pace,
@@ -121,10 +121,13 @@ def work_of_one(config: Config, data: Dataset) -> Work:
 def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace, str]:
     """The pace of one batch of real images, and by which code ("plain" or "compiled")."""
     state = state_before_training(model, config, data)
-    images = next(plain_batches(data.pixels("train"), config.batch_size, config.device))
-    targets = data.targets("train")[: len(images)].to(config.device)
+    pixels, size = data.pixels("train"), config.batch_size
+    images = normalise(pixels[:size].to(config.device))
+    targets = data.targets("train")[:size].to(config.device)
+    predicted = next(plain_batches(pixels, size, config.device))  # on a GPU more than `size`
     objective = objective_at(0, config, data)
-    return measure_pace(state, images, targets, objective, config.precision), state.path
+    pace = measure_pace(state, (images, targets), predicted, objective, config.precision)
+    return pace, state.path
 
 
 def machine_section(

@@ -1,10 +1,9 @@
 """Entry point `train`: one expert, from its initial weights to checkpoints best and last."""
 
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, starmap
@@ -27,7 +26,7 @@ from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
 from longtail_experts.learning.at_once import beside_the_others
 from longtail_experts.learning.cost import peak_memory_bytes, time_steps
-from longtail_experts.learning.fast_step import Batch
+from longtail_experts.learning.fast_step import Batch, left_as_it_was
 from longtail_experts.learning.losses import Objective
 from longtail_experts.learning.metrics import accuracies
 from longtail_experts.learning.resnet import num_parameters
@@ -56,6 +55,8 @@ from longtail_experts.tracking.checkpoints import restore_rng, rng_states, weigh
 from longtail_experts.tracking.recorder import Recorder
 from longtail_experts.tracking.runs import Run, RunError, require_room
 from longtail_experts.tracking.stale import offer_to_resume
+
+ANNOUNCED_FROM = 100_000  # images: what they will take is measured and printed before they start
 
 
 def run(config: Config, data: Dataset) -> str:
@@ -167,7 +168,11 @@ def train_epochs(
     )
     validation: dict[str, float] = {}
     recorded_by = first_epoch + bool(state.losses)  # the first whole epoch has batches of all sizes
-    with delayed_signals() as arrived, progress_bar(config, steps_per_epoch, state.step) as bar:
+    with (
+        delayed_signals() as arrived,
+        progress_bar(config, steps_per_epoch, state.step) as bar,
+        ExitStack() as without_the_turn,
+    ):
 
         def save_last(epoch: int) -> None:
             content = last_checkpoint(state, epoch, selection, config, data)
@@ -186,21 +191,22 @@ def train_epochs(
         for epoch in range(first_epoch, config.epochs):
             if selection.is_over:
                 break
+            if epoch == recorded_by + 1:
+                without_the_turn.enter_context(beside_the_others())
             draws = draw_epoch(
                 num_images, config.expert_seed, epoch, config.device, augmentation_of(config)
             )
             seen = len(state.losses) * config.batch_size
             left = EpochDraws(*(values[seen:] for values in draws))
-            with beside_the_others() if epoch > recorded_by else nullcontext():
-                mean_loss = train_epoch(
-                    state,
-                    batches_from(left) if seen < num_images else [],
-                    objective=objective_at(epoch, config, data),
-                    lr_at=lr_of,
-                    precision=config.precision,
-                    load=load,
-                    on_step=partial(after_step, epoch),
-                )
+            mean_loss = train_epoch(
+                state,
+                batches_from(left) if seen < num_images else [],
+                objective=objective_at(epoch, config, data),
+                lr_at=lr_of,
+                precision=config.precision,
+                load=load,
+                on_step=partial(after_step, epoch),
+            )
             step, is_last = state.step - 1, epoch == config.epochs - 1
             first_step = epoch * steps_per_epoch
             points = [("lr", lr_of(s), s) for s in lr_steps if first_step <= s < state.step]
@@ -368,14 +374,15 @@ def announce_cost(
     load: Callable[..., Batch],
     objective: Objective,
 ) -> None:
-    """Time a few steps on a throwaway copy and print what the epochs ahead will take."""
-    if num_images * num_epochs < 100_000:
+    """Time a few steps, which leave nothing behind, and print what the epochs ahead will take."""
+    if num_images * num_epochs < ANNOUNCED_FROM:
         return
-    trial = copy.deepcopy(state)
     draws = draw_epoch(num_images, 0, 0, config.device, augmentation_of(config))
-    seconds = time_steps(trial, islice(batches_from(draws), 6), objective, config.precision, load)
+    batches = islice(batches_from(draws), 6)
+    with left_as_it_was(state):
+        seconds = time_steps(state, batches, objective, config.precision, load)
     minutes = seconds * num_images * num_epochs / 60
-    where = f"{config.device}, {config.precision}, {trial.path} steps"
+    where = f"{config.device}, {config.precision}, {state.path} steps"
     if config.device == "cpu":
         where += f", {torch.get_num_threads()} threads"
     print(

@@ -72,7 +72,7 @@ def time_section(pace: Pace | None, work: Work, config: Config, data: Dataset, p
     rows.append(["in all", f"{sum(work):,}", *in_all(seconds), "100 %"])
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
     return (
-        f"{report.table(('', 'images', 'one expert', 'all three', 'share'), rows)}\n\n"
+        f"{report.table(('', 'images', 'one expert', 'three in turn', 'share'), rows)}\n\n"
         f"An epoch of {data.size('train'):,} images: "
         f"{duration(pace.training * data.size('train'))} "
         f"({1 / pace.training:,.0f} images/s in training, {1 / pace.predicting:,.0f} in "
