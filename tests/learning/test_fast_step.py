@@ -492,7 +492,7 @@ def test_after_a_refusal_the_state_is_as_it_was():
 
 
 def test_where_a_later_replay_is_refused_the_rest_are_plain():
-    """As PyTorch before 2.15 does while another thread's capture is under way, or has failed."""
+    """As PyTorch 2.11 does while another thread's capture is under way, or has failed."""
     left = [None] * 7
 
     def make_recorder():

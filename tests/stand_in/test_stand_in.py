@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from torch.utils import backend_registration
 
 from longtail_experts.cli import main
 
@@ -54,8 +54,8 @@ def history(run: Run, name: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this PyTorch has no devices in Python",
+    torch.__version__ < "2.15",
+    reason="in PyTorch 2.11, torch.export without a CUDA device crashes beside such a device",
 )
 def test_experts_at_the_same_time_on_a_device_of_its_own(source, store, tiny_arguments):
     """Beside one trained on the CPU, at a rate so small that rounding does not grow."""

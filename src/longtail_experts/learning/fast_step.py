@@ -44,8 +44,8 @@ class CannotRecordError(RuntimeError):
     """No recording could be made, or it does something else; the message says why."""
 
 
-# Whoever records waits for the whole device first, which none may while another records; and before
-# version 2.15, PyTorch refuses to replay meanwhile.
+# Whoever records waits for the whole device first, which none may while another records; and some
+# versions of PyTorch (2.11) refuse to replay meanwhile.
 _recording = threading.Lock()
 
 

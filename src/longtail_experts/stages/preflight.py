@@ -119,7 +119,7 @@ def work_of_one(config: Config, data: Dataset) -> Work:
 
 
 def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace, str]:
-    """The pace of one batch of real images, and by which code ("plain" or "compiled")."""
+    """The pace of one batch of real images, and by which code (`TrainState.path`)."""
     state = state_before_training(model, config, data)
     pixels, size = data.pixels("train"), config.batch_size
     images = normalise(pixels[:size].to(config.device))
