@@ -7,6 +7,7 @@ is the code that runs there.
 import copy
 import functools
 import gc
+import os
 import re
 import subprocess
 import sys
@@ -786,7 +787,13 @@ def test_on_a_gpu_replayed_passes_equal_plain_ones():
 def test_on_a_gpu_what_cannot_be_captured_is_plain_with_one_warning():
     """In a process of its own: after a capture that failed, older PyTorch refuses all others."""
     code = "import test_fast_step; test_fast_step.cannot_be_captured()"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # also where pytest found src
+        cwd=Path(__file__).parent,
+        check=True,
+        timeout=300,
+    )
 
 
 def cannot_be_captured() -> None:

@@ -103,14 +103,19 @@ def start_training(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
-    recorded = RecordedSteps() if fast and device == "cuda" else None
+    recorded = RecordedSteps() if replays(device, fast) else None
     passes = recorded_passes(device, fast)
     return TrainState(model, optimizer, batch_size if compiled else None, recorded, passes)
 
 
+def replays(device: str, fast: bool) -> bool:
+    """Whether steps and forward passes are recorded, where they can be."""
+    return fast and device == "cuda"
+
+
 def recorded_passes(device: str, fast: bool) -> RecordedPasses | None:
-    """For `predict_logits`, where forward passes are replayed."""
-    return RecordedPasses() if fast and device == "cuda" else None
+    """For `predict_logits`."""
+    return RecordedPasses() if replays(device, fast) else None
 
 
 def _compiles(model: nn.Module, batch_size: int) -> bool:

@@ -16,7 +16,12 @@ from longtail_experts.data.splits import make_splits
 from longtail_experts.learning.losses import LOSSES, Knobs, Objective, mixed, objective_of
 from longtail_experts.learning.resnet import ResNet32, build_resnet32
 from longtail_experts.learning.schedule import lr_at
-from longtail_experts.learning.step import TrainState, has_bf16_instructions, start_training
+from longtail_experts.learning.step import (
+    TrainState,
+    has_bf16_instructions,
+    replays,
+    start_training,
+)
 from longtail_experts.tracking.runs import RunError
 
 MAY_CHANGE_ON_RESUME = CHANGES_NO_FIGURE  # between the parts of one training
@@ -72,7 +77,7 @@ def for_one_expert(config: Config, loss: str) -> Config:
 def trains_at_once(config: Config) -> bool:
     """Whether experts of loss=all train at the same time: on a GPU, with recorded steps. One expert
     uses all cores of a CPU."""
-    return config.device == "cuda" and config.fast
+    return replays(config.device, config.fast)
 
 
 def selects(config: Config) -> bool:
