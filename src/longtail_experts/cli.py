@@ -21,7 +21,7 @@ from longtail_experts.config import (
     nearest,
     shorten,
 )
-from longtail_experts.stages.interrupts import Terminated, raise_terminated
+from longtail_experts.tracking.interrupts import Terminated, raise_terminated
 
 log = logging.getLogger(__name__)
 

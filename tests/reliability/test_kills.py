@@ -74,7 +74,7 @@ def kill_and_resume(store, arguments, number: int, draw: random.Random, num_poin
         return Killed(run_id, False, seconds)
     assert code == EXIT_CODES[number], training.output
     if number != signal.SIGKILL:
-        assert run.info.status == "KILLED"
+        assert run.info.status == "KILLED", training.output
         assert f"-P resume={run_id} goes on from there" in training.output, training.output
     resumed = Training(store, ["train", "--resume", run_id])
     assert resumed.wait() == 0, resumed.output

@@ -16,9 +16,9 @@ from longtail_experts.stages import compare
 from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.checks import require_ready
 from longtail_experts.stages.inputs import for_one_expert, trains_at_once
-from longtail_experts.stages.interrupts import delayed_signals, heed, stop_if_heeded
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
+from longtail_experts.tracking.interrupts import delayed_signals, heed, stop_if_heeded
 from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError

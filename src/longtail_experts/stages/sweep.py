@@ -29,10 +29,10 @@ from longtail_experts.learning.rules import blocking
 from longtail_experts.stages.checks import NotReadyError, cheap_findings, not_ready
 from longtail_experts.stages.grid import Point, Sweep
 from longtail_experts.stages.inputs import for_one_expert, load_dataset, resolve
-from longtail_experts.stages.interrupts import delayed_signals, raise_for
 from longtail_experts.stages.trial import Order, Outcome, run_trial
 from longtail_experts.tracking import experts, sweeps
 from longtail_experts.tracking.identity import code_sha256
+from longtail_experts.tracking.interrupts import delayed_signals, raise_for
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.runs import Run, RunError
 

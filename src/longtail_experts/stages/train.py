@@ -49,9 +49,9 @@ from longtail_experts.stages.inputs import (
     state_before_training,
     steps_an_epoch,
 )
-from longtail_experts.stages.interrupts import delayed_signals, raise_for
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.checkpoints import restore_rng, rng_states, weights_of
+from longtail_experts.tracking.interrupts import delayed_signals, raise_for
 from longtail_experts.tracking.recorder import Recorder
 from longtail_experts.tracking.runs import Run, RunError, require_room
 from longtail_experts.tracking.stale import offer_to_resume

@@ -14,9 +14,9 @@ import torch
 from longtail_experts.config import Config
 from longtail_experts.data.sources import first_line
 from longtail_experts.stages.inputs import load_dataset, resolve
-from longtail_experts.stages.interrupts import raise_terminated
 from longtail_experts.stages.main import run_one
 from longtail_experts.tracking import sweeps
+from longtail_experts.tracking.interrupts import raise_terminated
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.runs import Run, RunError
 

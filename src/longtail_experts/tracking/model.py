@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from longtail_experts.data.batches import normalise
 from longtail_experts.tracking import served_expert
+from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.runs import Run
 
 
@@ -58,22 +59,23 @@ def log_expert_model(
         params=ParamSchema([ParamSpec("prior", "string", "uniform")]),
     )
     versions = {"torch": torch.__version__, "numpy": np.__version__, "mlflow": mlflow.__version__}
-    Model.log(
-        artifact_path=None,
-        name="expert",
-        flavor=SimpleNamespace(save_model=_save_model),
-        flavor_name="pytorch",
-        run_id=run.run_id,
-        step=step,
-        pytorch_model=expert,
-        signature=signature,
-        input_example=images.numpy(),
-        pip_requirements=[f"{name}=={v.split('+')[0]}" for name, v in versions.items()],
-        code_paths=[served_expert.__file__],
-        serialization_format="pt2",
-        validate_serving_input=False,  # takes seconds, to open what was just written
-        prior=prior.tolist(),
-    )
+    with delayed_signals():
+        Model.log(
+            artifact_path=None,
+            name="expert",
+            flavor=SimpleNamespace(save_model=_save_model),
+            flavor_name="pytorch",
+            run_id=run.run_id,
+            step=step,
+            pytorch_model=expert,
+            signature=signature,
+            input_example=images.numpy(),
+            pip_requirements=[f"{name}=={v.split('+')[0]}" for name, v in versions.items()],
+            code_paths=[served_expert.__file__],
+            serialization_format="pt2",
+            validate_serving_input=False,  # takes seconds, to open what was just written
+            prior=prior.tolist(),
+        )
 
 
 def _save_model(

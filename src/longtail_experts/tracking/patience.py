@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import requests
 from mlflow.exceptions import MlflowException
 
+from longtail_experts.tracking.interrupts import delayed_signals
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -55,28 +57,34 @@ def is_transient(error: BaseException) -> bool:
 
 def patiently(call: Callable[[], T], seconds: float) -> T:
     """The result of `call`, tried again with growing pauses for `seconds` while the error is one
-    that passes; the last error otherwise."""
+    that passes; the last error otherwise.
+
+    A signal waits for the end of a call, not for the next: SQLAlchemy interrupted in the middle
+    of a query leaves SQLite locked for this very process, which could not even end its run.
+    """
     deadline, pause, said = time.monotonic() + seconds, FIRST_PAUSE, False
     while True:
-        try:
-            return call()
-        except Exception as error:
-            if not is_transient(error) or time.monotonic() + pause > deadline:
-                raise
-            if not said:
-                first = (str(error).splitlines() or [""])[0][:200]
-                log.warning("the tracking store does not answer (%s); trying again", first)
-                said = True
+        with delayed_signals():
+            try:
+                return call()
+            except Exception as error:
+                if not is_transient(error) or time.monotonic() + pause > deadline:
+                    raise
+                if not said:
+                    first = (str(error).splitlines() or [""])[0][:200]
+                    log.warning("the tracking store does not answer (%s); trying again", first)
+                    said = True
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class PatientClient:
-    """An MlflowClient whose calls wait for a store that is locked or away for a while."""
+    """An MlflowClient whose calls wait for a store that is locked or away, for as long as `seconds`
+    says: patience(), or 0 for one that raises at once."""
 
-    def __init__(self, client: Any):
-        self._client = client
+    def __init__(self, client: Any, seconds: Callable[[], float] = patience):
+        self._client, self._seconds = client, seconds
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
-        return lambda *args, **kwargs: patiently(lambda: method(*args, **kwargs), patience())
+        return lambda *args, **kwargs: patiently(lambda: method(*args, **kwargs), self._seconds())

@@ -9,6 +9,7 @@ import numpy as np
 from mlflow.entities import LoggedModelStatus
 
 from longtail_experts.data.sources import first_line
+from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.logits import SplitLogits, read_logits
 from longtail_experts.tracking.runs import Run, RunError, open_run
 
@@ -61,7 +62,8 @@ def _register(run: Run, name: str) -> str | None:
         version = begun[0].version
     else:
         model = f"models:/{model_id_of(run)}"
-        version = mlflow.register_model(model, name, await_registration_for=0).version
+        with delayed_signals():
+            version = mlflow.register_model(model, name, await_registration_for=0).version
     outcome, difference = challenge(run, name)
     if outcome.is_champion:
         client.set_registered_model_alias(name, CHAMPION, version)

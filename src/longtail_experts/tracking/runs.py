@@ -34,6 +34,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from longtail_experts.data.sources import first_line
+from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.patience import PatientClient, patience, patiently
 from longtail_experts.tracking.report import plain, with_air
 
@@ -65,7 +66,7 @@ class Run:
 
     def __init__(self, run_id: str):
         self.run_id = run_id
-        self.plain_client = mlflow.MlflowClient()  # raises at once where the store is away
+        self.plain_client = PatientClient(mlflow.MlflowClient(), lambda: 0.0)
         self.client = PatientClient(self.plain_client)
 
     # --- writing ---
@@ -285,16 +286,17 @@ def start_run(
         mlflow.set_system_metrics_sampling_interval(30)
     uri = mlflow.get_tracking_uri()
     nested = parent is not None or mlflow.active_run() is not None
-    with _store_at_fault(f"no run can be started in {uri}"), _first_contact(uri):
-        active = mlflow.start_run(
-            run_id=existing and existing.run_id,
-            nested=nested,
-            parent_run_id=parent and parent.run_id,
-            tags=dict(tags),  # at once, so that a run cut off in this moment is seen as ours
-            log_system_metrics=system_metrics and os.environ.get(SYSTEM_METRICS) != "false",
-        )
-    run, status = Run(active.info.run_id), "FAILED"
+    run, status = None, "FAILED"
     try:
+        with _store_at_fault(f"no run can be started in {uri}"), _first_contact(uri):
+            active = mlflow.start_run(
+                run_id=existing and existing.run_id,
+                nested=nested,
+                parent_run_id=parent and parent.run_id,
+                tags=dict(tags),  # at once, so that a run cut off in this moment is seen as ours
+                log_system_metrics=system_metrics and os.environ.get(SYSTEM_METRICS) != "false",
+            )
+            run = Run(active.info.run_id)
         if existing is None and (GENERATED_NAME.fullmatch(run.name) or name.startswith("DEMO")):
             run.rename(name)
         _require_usable_artifact_root(run)
@@ -306,17 +308,18 @@ def start_run(
         raise
     finally:
         try:
-            _end(run, status)
+            if run is not None:
+                _end(run, status, KILLED_PATIENCE if status == "KILLED" else patience())
         except BaseException:  # Ctrl-C or SIGTERM meanwhile
-            _end(run, status)
+            _end(run, status, KILLED_PATIENCE)
             raise
 
 
-def _end(run: Run, status: str) -> None:
-    seconds = KILLED_PATIENCE if status == "KILLED" else patience()
+def _end(run: Run, status: str, seconds: float) -> None:
     try:
         patiently(lambda: run.plain_client.set_terminated(run.run_id, status), seconds)
-        mlflow.end_run(status)
+        with delayed_signals():
+            mlflow.end_run(status)
     except Exception as error:  # the exception under way, or the work done, matters more
         log.warning(
             "run %s: its status could not be set to %s (%s); `mlflow run . -e reap` does that "
@@ -332,15 +335,15 @@ def end_unopened_run() -> None:
     to stop before it has opened it: the launcher may be gone, and would leave it RUNNING."""
     run_id = launched_run_id()
     if run_id is not None and Run(run_id).status == "RUNNING":
-        _end(Run(run_id), "KILLED")
+        _end(Run(run_id), "KILLED", KILLED_PATIENCE)
 
 
 @contextmanager
 def _first_contact(uri: str) -> Iterator[None]:
     """One process of this host at a time: MLflow creates its tables, and an experiment, without
-    a lock, and all but one of the processes that do so at once fail."""
+    a lock, and all but one of the processes that do so at once fail. Signals wait for its end."""
     path = uri.removeprefix("sqlite:///")
-    with _host_lock(uri if path == uri else os.path.abspath(path)):
+    with _host_lock(uri if path == uri else os.path.abspath(path)), delayed_signals():
         yield
 
 

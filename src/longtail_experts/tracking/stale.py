@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 import mlflow
 
 from longtail_experts.data.sources import first_line
+from longtail_experts.tracking.patience import PatientClient
 from longtail_experts.tracking.processes import is_alive, is_on_this_host
 from longtail_experts.tracking.recorder import deliver_left_over
 from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
@@ -18,7 +19,7 @@ RESUMABLE_STAGES = ("main", "train", "all")
 def stale_runs(experiment_ids: list[str] | None = None) -> list[Run]:
     """Runs of this host, of ours, that are RUNNING without a process; oldest first, of all
     experiments unless some are named."""
-    client = mlflow.MlflowClient()
+    client = PatientClient(mlflow.MlflowClient())
     if experiment_ids is None:
         experiment_ids = [e.experiment_id for e in client.search_experiments()]
     found = client.search_runs(

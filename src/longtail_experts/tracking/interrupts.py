@@ -1,12 +1,15 @@
-"""Ctrl-C and SIGTERM during training: noted at once, acted on between two steps."""
+"""Ctrl-C and SIGTERM: noted at once, acted on between two steps and after a call of the store."""
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
 from typing import NoReturn
+
+SAME_PRESS = 1.0  # seconds within which another SIGINT is the same Ctrl-C
 
 _heeded: ContextVar[list[int] | None] = ContextVar("heeded", default=None)
 
@@ -29,25 +32,33 @@ def delayed_signals() -> Iterator[list[int]]:
     """Within the block, signals are only noted in the list; a second Ctrl-C does not wait.
 
     `mlflow run` passes Ctrl-C on as SIGINT and SIGTERM both, so that a second signal of another
-    kind says nothing new. What arrived and was not acted on is raised at the end of the block.
-    Python allows handlers in the main thread alone: another thread is given the list that it was
-    told to `heed`, else one that stays empty.
+    kind says nothing new; nor does one of the same kind at once, from terminal and launcher both.
+    What arrived and was not acted on is raised at the end of the block; of
+    blocks in each other, the outermost. A signal that the process ignores stays ignored. Python
+    allows handlers in the main thread alone: another thread is given the list that it was told to
+    `heed`, else one that stays empty.
     """
-    if threading.current_thread() is not threading.main_thread():
-        heeded = _heeded.get()
+    heeded = _heeded.get()
+    if heeded is not None or threading.current_thread() is not threading.main_thread():
         yield [] if heeded is None else heeded
         return
     arrived: list[int] = []
+    first: dict[int, float] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in arrived:
+        now = time.monotonic()
+        if number == signal.SIGINT and now - first.setdefault(number, now) > SAME_PRESS:
             raise KeyboardInterrupt
         arrived.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = {signal.SIGINT, signal.SIGTERM}
+    heard -= {number for number in heard if signal.getsignal(number) is signal.SIG_IGN}
+    before = {number: signal.signal(number, note) for number in heard}
+    outside = _heeded.set(arrived)
     try:
         yield arrived
     finally:
+        _heeded.reset(outside)
         for number, handler in before.items():
             signal.signal(number, handler)
     if arrived:

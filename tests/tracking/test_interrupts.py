@@ -1,0 +1,194 @@
+"""Signals noted in a block, and acted on after it or by threads that train beside each other."""
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import sqlalchemy
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from longtail_experts.tracking import interrupts, patience
+from longtail_experts.tracking.interrupts import (
+    Terminated,
+    delayed_signals,
+    heed,
+    stop_if_heeded,
+)
+from longtail_experts.tracking.patience import patiently
+from longtail_experts.tracking.runs import start_run
+
+
+def in_a_thread(work):
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(work).result()
+
+
+def test_a_thread_acts_on_what_the_main_thread_noted():
+    def work(arrived):
+        heed(arrived)
+        with delayed_signals() as seen:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(0.2)  # the main thread waits for this one, and notes
+            assert seen == [signal.SIGTERM]
+        stop_if_heeded("at step 3")
+
+    with pytest.raises(Terminated, match="at step 3"), delayed_signals() as arrived:
+        in_a_thread(lambda: work(arrived))
+
+
+def test_a_thread_still_stops_when_the_main_thread_has_left_its_block(monkeypatch):
+    """As after a second Ctrl-C, which does not wait."""
+    monkeypatch.setattr(interrupts, "SAME_PRESS", 0.0)
+    begun, left = threading.Event(), threading.Event()
+
+    def work(arrived):
+        heed(arrived)
+        begun.set()
+        assert left.wait(60)
+        with delayed_signals() as seen:
+            return list(seen)
+
+    def is_left_at_the_second(threads):
+        with delayed_signals() as arrived:
+            started.append(threads.submit(work, arrived))
+            assert begun.wait(60)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    started = []
+    with ThreadPoolExecutor(1) as threads:
+        with pytest.raises(KeyboardInterrupt):
+            is_left_at_the_second(threads)
+        left.set()
+        assert started[0].result() == [signal.SIGINT]
+
+
+def test_a_thread_that_was_told_nothing_heeds_nothing():
+    def work():
+        stop_if_heeded("never")
+        with delayed_signals() as seen:
+            return list(seen)
+
+    def with_a_signal_noted():
+        with delayed_signals() as arrived:
+            arrived.append(signal.SIGTERM)
+            assert in_a_thread(work) == []
+
+    with pytest.raises(Terminated):
+        with_a_signal_noted()
+
+
+def test_outside_such_threads_nothing_stops():
+    stop_if_heeded("never")
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_block_within_another_leaves_it_to_that_one():
+    reached = []
+
+    def outer():
+        with delayed_signals() as arrived:
+            with delayed_signals():
+                interrupt()
+            reached.append(list(arrived))
+
+    with pytest.raises(KeyboardInterrupt):
+        outer()
+    assert reached == [[signal.SIGINT]]
+    with delayed_signals() as afresh:
+        assert afresh == []
+
+
+def test_one_press_that_arrives_twice_does_not_cut_the_step_off():
+    """From the terminal, and from a launcher that passes it on."""
+    reached = []
+
+    def step():
+        with delayed_signals():
+            interrupt()
+            interrupt()
+            reached.append("its end")
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert reached == ["its end"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As in a script's background process, which Ctrl-C in that terminal is to spare."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with delayed_signals() as arrived:
+            interrupt()
+            assert arrived == []
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_call_of_the_store_is_ended_before_a_signal_is_raised():
+    calls = []
+
+    def call():
+        interrupt()
+        calls.append("ended")
+
+    with pytest.raises(KeyboardInterrupt):
+        patiently(call, 20)
+    assert calls == ["ended"]
+
+
+def test_a_store_that_is_away_is_not_called_again_after_a_signal(monkeypatch):
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
+    calls = []
+
+    def away():
+        interrupt()
+        calls.append("refused")
+        raise MlflowException("connection refused")
+
+    with pytest.raises(KeyboardInterrupt):
+        patiently(away, 20)
+    assert calls == ["refused"]
+
+
+def test_a_run_interrupted_in_any_query_ends_as_killed(store):
+    """SQLAlchemy cut off in the middle of one keeps its lock on SQLite, for this process as well,
+    which then could not write how the run ended."""
+    left = 0
+
+    def count_down(*_):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            interrupt()
+
+    def work():
+        with start_run("x", {"stage": "train"}) as run:
+            run.set_tags({"a": "b"})
+            run.log_metrics({"m": 1.0}, 3)
+            run.log_params({"p": "q"})
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", count_down)
+    try:
+        work()  # the first of a process has others
+        left = 0
+        work()
+        num_queries = -left
+        for number in range(1, num_queries + 1, 3):
+            left = number
+            with pytest.raises(KeyboardInterrupt):
+                work()
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "after_cursor_execute", count_down)
+    (experiment,) = MlflowClient().search_experiments(filter_string="name = 'tests'")
+    ended = [run.info.status for run in MlflowClient().search_runs([experiment.experiment_id])]
+    assert len(ended) == 2 + len(range(1, num_queries + 1, 3))
+    assert set(ended) == {"KILLED", "FINISHED"}  # the latter where it was on its way out
+    assert ended.count("FINISHED") < 10
