@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import arguments_of, assert_same_logits
 from mlflow import MlflowClient
-from reliability.harness import history, last_checkpoint, training_runs
+from reliability.harness import history, last_checkpoint, of_reference, training_runs
 
 from longtail_experts.cli import main
 from longtail_experts.learning import step as steps
@@ -120,6 +120,22 @@ def test_a_signal_at_any_step_ends_in_the_same_weights(
         theirs = history(three_experts["ce"]), last_checkpoint(three_experts["ce"])["model"]
     assert ours[0] == {name: theirs[0][name] for name in ours[0]}
     assert all(torch.equal(ours[1][name], weights) for name, weights in theirs[1].items())
+
+
+def test_a_run_interrupted_as_soon_as_it_is_there_goes_on(
+    store, tiny_arguments, three_experts, monkeypatch, capsys
+):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longtail_experts.stages.train.offer_to_resume", interrupted)
+        assert main(["train", "--loss", "ce", *tiny_arguments]) == 130
+    (run,) = training_runs()
+    assert f"-P resume={run.info.run_id} goes on" in capsys.readouterr().err
+    assert main(["train", "--resume", run.info.run_id]) == 0
+    whole = of_reference(three_experts, history)
+    assert history(run.info.run_id).items() <= whole.items()
 
 
 def test_a_last_checkpoint_not_yet_sent_at_the_end_is_sent_by_resuming(

@@ -76,7 +76,7 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
     with experts.start_parent_run(config, existing) as parent:
         offer_to_resume(parent)
         if existing is None:
-            experts.record_parent_inputs(parent, config)
+            experts.describe_begun_parent(parent, config)
         begun = experts.children_of(parent)
 
         def child_of(loss: str) -> Outcome:

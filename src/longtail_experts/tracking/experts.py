@@ -74,6 +74,8 @@ def start_expert_run(
     opened = start_run(name, tags, parent, existing, system_metrics=True)
     with claimed(existing), opened as run:
         try:
+            if existing is None:
+                run.write_text("config.yaml", config.to_yaml())  # all that going on with it needs
             yield run
         except BaseException as stop:
             if not isinstance(stop, Exception) and not str(stop):
@@ -100,14 +102,13 @@ def machine_tags(config: Config) -> dict[str, str]:
 
 
 def record_inputs(run: Run, config: Config, data: Dataset, num_parameters: int) -> None:
-    """Config, params, splits and data sets: all that is known before the first step."""
+    """Params, splits and data sets: all that is known before the first step."""
     run.describe(
         f"{notice(config)}Training under {config.loss}: figures by epoch are under Model metrics, "
         f"and beside those of other experts [here]({charts.link_to_curves(run)}); results appear "
         "on this page after calibration."
     )
     charts.offer_curves(run)
-    run.write_text("config.yaml", config.to_yaml())
     record_splits(run, data)
     run.log_params(
         config.as_text()
@@ -164,6 +165,8 @@ def start_parent_run(config: Config, existing: Run | None = None) -> Iterator[Ru
     opened = start_run(name, {**tags, **process_tags()}, existing=existing)
     with claimed(existing), opened as parent:
         try:
+            if existing is None:
+                parent.write_text("config.yaml", config.to_yaml())
             yield parent
         except BaseException as stop:
             if not isinstance(stop, Exception):
@@ -171,8 +174,7 @@ def start_parent_run(config: Config, existing: Run | None = None) -> Iterator[Ru
             raise
 
 
-def record_parent_inputs(parent: Run, config: Config) -> None:
-    parent.write_text("config.yaml", config.to_yaml())
+def describe_begun_parent(parent: Run, config: Config) -> None:
     parent.describe(
         f"{notice(config)}Experts of every loss, as child runs: "
         f"[learning curves]({charts.link_to_curves(parent)}). Results appear here at the end."
