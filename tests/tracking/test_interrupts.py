@@ -21,6 +21,14 @@ from longtail_experts.tracking.patience import patiently
 from longtail_experts.tracking.runs import start_run
 
 
+@pytest.fixture(autouse=True)
+def sigint_is_heard():
+    """Whatever these tests were started from: in a script's background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def in_a_thread(work):
     with ThreadPoolExecutor(1) as threads:
         return threads.submit(work).result()
@@ -122,14 +130,11 @@ def test_one_press_that_arrives_twice_does_not_cut_the_step_off():
 
 def test_a_signal_that_is_ignored_stays_ignored():
     """As in a script's background process, which Ctrl-C in that terminal is to spare."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with delayed_signals() as arrived:
-            interrupt()
-            assert arrived == []
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with delayed_signals() as arrived:
+        interrupt()
+        assert arrived == []
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_call_of_the_store_is_ended_before_a_signal_is_raised():
