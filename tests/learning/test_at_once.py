@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from longtail_experts.learning.at_once import at_once, beside_the_others
+from longtail_experts.learning.at_once import at_once, beside_the_others, wait_until_alone
 
 LONG = 60  # seconds until a test is taken to hang
 
@@ -73,9 +73,31 @@ def test_a_failure_in_an_epoch_leaves_the_turn_to_the_others():
         at_once({"fails": fails, "works": works}, "cpu")
 
 
+def test_who_waits_to_be_alone_goes_on_when_the_last_has_left_its_epochs():
+    in_epochs, waits, order = threading.Barrier(3, timeout=LONG), threading.Event(), []
+
+    def exports():
+        with beside_the_others():
+            in_epochs.wait()
+        waits.set()
+        wait_until_alone()
+        order.append("export")
+
+    def trains():
+        with beside_the_others():
+            in_epochs.wait()
+            assert waits.wait(LONG)
+            time.sleep(0.05)
+            order.append("epoch")
+
+    at_once({"exports": exports, "b": trains, "c": trains}, "cpu")
+    assert order == ["epoch", "epoch", "export"]
+
+
 def test_outside_of_at_once_there_is_no_turn_to_give_up():
     with beside_the_others():
         pass
+    wait_until_alone()
 
 
 def test_flags_of_the_process_stay_as_they_are_while_threads_set_them():

@@ -20,6 +20,7 @@ from sklearn.metrics import balanced_accuracy_score
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
 from longtail_experts.config import Config, make_config
+from longtail_experts.stages import calibrate as calibrate_stage
 from longtail_experts.stages import main as main_stage
 from longtail_experts.stages import train as train_stage
 
@@ -240,6 +241,38 @@ def together(monkeypatch):
     return before_epoch
 
 
+@pytest.fixture
+def in_epochs_at_an_export(together, monkeypatch):
+    """Whenever a model is exported, which threads are in an epoch. The last expert to begin stays
+    in its second one until the first is about to export."""
+    computing, found, about_to = set(), [], threading.Event()
+    epoch, wait = train_stage.train_epoch, calibrate_stage.wait_until_alone
+    export = calibrate_stage.log_expert_model
+
+    def train_epoch(state, *arguments, **settings):
+        name = threading.current_thread().name
+        computing.add(name)
+        try:
+            if name.endswith("_2") and state.step >= STEPS_AN_EPOCH:
+                assert about_to.wait(120)
+            return epoch(state, *arguments, **settings)
+        finally:
+            computing.discard(name)
+
+    def wait_until_alone():
+        about_to.set()
+        wait()
+
+    def log_expert_model(*arguments, **settings):
+        found.append(set(computing))
+        export(*arguments, **settings)
+
+    monkeypatch.setattr(train_stage, "train_epoch", train_epoch)
+    monkeypatch.setattr(calibrate_stage, "wait_until_alone", wait_until_alone)
+    monkeypatch.setattr(calibrate_stage, "log_expert_model", log_expert_model)
+    return found
+
+
 def test_experts_at_the_same_time_stopped_and_resumed_equal_those_one_after_another(
     store, three_experts, tiny_arguments, together, capfd
 ):
@@ -268,7 +301,7 @@ def test_experts_at_the_same_time_stopped_and_resumed_equal_those_one_after_anot
 
 
 def test_an_expert_that_fails_beside_others_does_not_stop_them(
-    store, tiny_arguments, together, capfd
+    store, tiny_arguments, together, in_epochs_at_an_export, capfd
 ):
     def diverge(state):
         if threading.current_thread().name.endswith("_1"):  # the second to begin
@@ -279,6 +312,7 @@ def test_an_expert_that_fails_beside_others_does_not_stop_them(
     status = {run.data.tags.get("expert", "all"): run.info.status for run in all_runs()}
     assert status == dict.fromkeys(LOSSES, "FINISHED") | {"logit_adjust": "FAILED", "all": "FAILED"}
     assert "error: loss=all: logit_adjust failed: loss is not finite" in capfd.readouterr().err
+    assert in_epochs_at_an_export == [set(), set()]
 
 
 @pytest.mark.gpu
@@ -325,3 +359,4 @@ def test_one_failed_child_does_not_stop_the_others(store, tiny_arguments, monkey
         "all": "FAILED",
     }
     assert "error: loss=all: logit_adjust failed: loss is not finite" in capfd.readouterr().err
+    assert in_epochs_at_an_export == [set(), set()]

@@ -20,7 +20,15 @@ from longtail_experts.learning.step import exact_float32
 
 Result = TypeVar("Result")
 
-_turn: ContextVar["threading.Lock | None"] = ContextVar("turn", default=None)
+
+class _Turn:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.num_beside = 0  # experts that do without it at this moment
+        self.changed = threading.Condition()
+
+
+_turn: ContextVar[_Turn | None] = ContextVar("turn", default=None)
 
 
 def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, Result]:
@@ -28,11 +36,11 @@ def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, 
 
     Returns when all have ended, then raises what the first of them to have failed raised.
     """
-    turn = threading.Lock()
+    turn = _Turn()
 
     def in_turn(do: Callable[[], Result]) -> Result:
         _turn.set(turn)
-        with turn, _own_stream(device):
+        with turn.lock, _own_stream(device):
             return do()
 
     # cuDNN's flags belong to the process: a thread that puts them back must find them as it left
@@ -49,11 +57,28 @@ def beside_the_others() -> Iterator[None]:
     if turn is None:
         yield
         return
-    turn.release()
+    with turn.changed:
+        turn.num_beside += 1
+    turn.lock.release()
     try:
         yield
     finally:
-        turn.acquire()
+        with turn.changed:
+            turn.num_beside -= 1
+            turn.changed.notify_all()
+        turn.lock.acquire()
+
+
+def wait_until_alone() -> None:
+    """With the turn: until no other computes, nor will before the turn is given up.
+
+    For what changes the whole process meanwhile: `torch.export` switches cuDNN and oneDNN off, and
+    a step of another expert would be another code's, rounded otherwise.
+    """
+    turn = _turn.get()
+    if turn is not None:
+        with turn.changed:
+            turn.changed.wait_for(lambda: turn.num_beside == 0)
 
 
 def _own_stream(device: str) -> AbstractContextManager[None]:

@@ -47,6 +47,8 @@ class CannotRecordError(RuntimeError):
 # Whoever records waits for the whole device first, which none may while another records; and some
 # versions of PyTorch (2.11) refuse to replay meanwhile.
 _recording = threading.Lock()
+# Graphs whose capture failed: PyTorch (2.11) asks them about every allocation from then on.
+_refused: list[torch.cuda.CUDAGraph] = []
 
 
 def cuda_graphs() -> Recorder:
@@ -71,6 +73,9 @@ def cuda_graphs() -> Recorder:
             try:
                 with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                     run()
+            except BaseException:
+                _refused.append(graph)
+                raise
             finally:
                 torch.cuda.set_stream(ours)  # older PyTorch leaves its own after a failure
 

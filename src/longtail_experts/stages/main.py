@@ -6,6 +6,7 @@ The one stage made of others: it is `train` followed by `calibrate`, and for los
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
@@ -26,7 +27,12 @@ from longtail_experts.tracking.stale import offer_to_resume
 
 log = logging.getLogger(__name__)
 
-Outcome = str | Exception  # an expert's run id, or why it has none
+
+class Outcome(NamedTuple):
+    """Of an expert, in words: an exception kept would keep what it had in the GPU's memory."""
+
+    run_id: str = ""
+    failure: str = ""
 
 
 class ExpertsFailedError(RuntimeError):
@@ -81,15 +87,15 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
 
         def child_of(loss: str) -> Outcome:
             try:
-                return run_child(config, data, loss, parent, begun.get(loss))
+                return Outcome(run_child(config, data, loss, parent, begun.get(loss)))
             except Exception as error:
                 foreseen = isinstance(error, NonFiniteLossError | RunError)
                 log.error("%s failed: %s", loss, error, exc_info=not foreseen)
-                return error
+                return Outcome(failure=first_line(error))
 
         outcomes = for_each_loss(child_of, config)
-        failures = {n: first_line(o) for n, o in outcomes.items() if isinstance(o, Exception)}
-        children = {n: o for n, o in outcomes.items() if isinstance(o, str)}
+        failures = {name: o.failure for name, o in outcomes.items() if o.failure}
+        children = {name: o.run_id for name, o in outcomes.items() if o.run_id}
         if len(children) > 1:
             try:
                 compare.into(parent, list(children.values()))
