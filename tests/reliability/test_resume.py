@@ -6,6 +6,7 @@ import signal
 import threading
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 from conftest import arguments_of, assert_same_logits
@@ -14,6 +15,8 @@ from reliability.harness import history, last_checkpoint, of_reference, training
 
 from longtail_experts.cli import main
 from longtail_experts.learning import step as steps
+from longtail_experts.stages.inputs import load_dataset
+from longtail_experts.tracking.experts import recorded_config
 from longtail_experts.tracking.recorder import Recorder, local_folder
 from longtail_experts.tracking.runs import Run
 
@@ -136,6 +139,49 @@ def test_a_run_interrupted_as_soon_as_it_is_there_goes_on(
     assert main(["train", "--resume", run.info.run_id]) == 0
     whole = of_reference(three_experts, history)
     assert history(run.info.run_id).items() <= whole.items()
+
+
+def test_a_child_cut_off_before_its_config_was_there_goes_on(
+    store, tiny_arguments, monkeypatch, capsys
+):
+    """And one cut off at its very end, calibrated, ends FINISHED, without a step."""
+    short = [*tiny_arguments, "--epochs=1", "--milestones=none"]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longtail_experts.stages.main.train_expert", interrupted)
+        assert main(["main", "--loss", "all", *short]) == 130
+    (parent,) = (run for run in all_runs() if run.data.tags["stage"] == "all")
+    (child,) = (run for run in all_runs() if run.data.tags["stage"] == "main")
+    Path(child.info.artifact_uri, "config.yaml").unlink()
+    assert main(["main", "--resume", parent.info.run_id]) == 0
+    client = MlflowClient()
+    for run_id in (parent.info.run_id, child.info.run_id):
+        client.set_terminated(run_id, "KILLED")
+    capsys.readouterr()
+    assert main(["main", "--resume", parent.info.run_id]) == 0
+    assert {run.info.status for run in all_runs()} == {"FINISHED"}
+    assert len(all_runs()) == 4
+    assert "resuming" not in capsys.readouterr().out
+
+
+def test_a_parent_on_other_images_than_its_children_is_refused(
+    store, three_experts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{three_experts['folder']}/mlflow.db")
+    child = Run(three_experts["ce"])
+    config = recorded_config(child)
+    data = load_dataset(config.replace(split_seed=config.split_seed + 1))
+    monkeypatch.setattr("longtail_experts.stages.resumed.load_dataset", lambda config: data)
+    monkeypatch.setattr(Run, "status", "KILLED")
+    assert main(["main", "--resume", three_experts["all"]]) == 2
+    assert f"run {child.run_id}: was trained on splits" in capsys.readouterr().err
+
+
+def all_runs() -> list:
+    return MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])
 
 
 def test_a_last_checkpoint_not_yet_sent_at_the_end_is_sent_by_resuming(

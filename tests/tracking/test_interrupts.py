@@ -128,6 +128,18 @@ def test_one_press_that_arrives_twice_does_not_cut_the_step_off():
     assert reached == ["its end"]
 
 
+def test_a_failure_does_not_make_a_signal_forgotten():
+    """Who catches failures, to go on with another expert, shall not catch that."""
+
+    def fails():
+        with delayed_signals():
+            interrupt()
+            raise OSError("no space left")
+
+    with pytest.raises(KeyboardInterrupt, match="no space left"):
+        fails()
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     """As in a script's background process, which Ctrl-C in that terminal is to spare."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -91,6 +91,22 @@ def test_sigterm_ends_the_run_as_killed(store, tiny_arguments):
     assert client.get_run(runs[0].info.run_id).info.status == "KILLED"
 
 
+def test_mlflow_does_not_end_a_run_whose_status_could_not_be_set(store, monkeypatch):
+    """At the exit of the program it would end what it takes for active, as FINISHED."""
+
+    def locked(*_: object) -> None:
+        raise MlflowException("disk I/O error")
+
+    def interrupted() -> None:
+        with start_run("x", {"stage": "train"}):
+            monkeypatch.setattr(MlflowClient, "set_terminated", locked)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert mlflow.active_run() is None
+
+
 def test_a_name_that_the_user_gave_is_kept(store, monkeypatch):
     for given, kept in (("mine", "mine"), (None, "ce images seed 0")):
         launched = MlflowClient().create_run("0", run_name=given)

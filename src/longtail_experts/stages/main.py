@@ -113,7 +113,7 @@ def run_child(
     config: Config, data: Dataset, loss: str, parent: Run, existing: Run | None = None
 ) -> str:
     """One expert of loss=all; one that is finished already is left alone."""
-    if existing is None or not is_calibrated(existing):
+    if existing is None or not is_calibrated(existing) or existing.status != "FINISHED":
         return run_one(config, data, loss, parent, existing)
     if config.register_as:
         register(existing, config.register_as)

@@ -63,6 +63,8 @@ def open_begun(
     changes = {name: given[name] for name in MAY_CHANGE_ON_RESUME if name in given}
     config = resolve(recorded.replace(**{"device": "auto"} | changes))
     data = load_dataset(config)
-    if "splits_sha256" in source.params:
-        experts.require_same_splits(source, config, data)
+    children = experts.children_of(source) if source.tags["stage"] == "all" else {}
+    for begun in (source, *children.values()):
+        if "splits_sha256" in begun.params:
+            experts.require_same_splits(begun, config, data)
     return Begun(source, source.tags["stage"], config, data, launcher)

@@ -74,7 +74,7 @@ def start_expert_run(
     opened = start_run(name, tags, parent, existing, system_metrics=True)
     with claimed(existing), opened as run:
         try:
-            if existing is None:
+            if existing is None or not run.has_artifact("config.yaml"):
                 run.write_text("config.yaml", config.to_yaml())  # all that going on with it needs
             yield run
         except BaseException as stop:

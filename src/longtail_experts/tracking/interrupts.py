@@ -52,11 +52,15 @@ def delayed_signals() -> Iterator[list[int]]:
         arrived.append(number)
 
     heard = {signal.SIGINT, signal.SIGTERM}
-    heard -= {number for number in heard if signal.getsignal(number) is signal.SIG_IGN}
+    heard -= {n for n in heard if signal.getsignal(n) in (signal.SIG_IGN, None)}
     before = {number: signal.signal(number, note) for number in heard}
     outside = _heeded.set(arrived)
     try:
         yield arrived
+    except Exception as error:  # which must not make a signal forgotten
+        if arrived:
+            raise_for(arrived[0], str(error))
+        raise
     finally:
         _heeded.reset(outside)
         for number, handler in before.items():

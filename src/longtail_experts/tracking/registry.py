@@ -65,11 +65,11 @@ def _register(run: Run, name: str) -> str | None:
         with delayed_signals():
             version = mlflow.register_model(model, name, await_registration_for=0).version
     outcome, difference = challenge(run, name)
-    if outcome.is_champion:
-        client.set_registered_model_alias(name, CHAMPION, version)
-    if difference is not None:
+    if difference is not None:  # first: as champion it would have nothing to differ from
         names = ("champion/difference", "champion/difference_standard_error")
         run.log_metrics(dict(zip(names, difference, strict=True)), int(run.metrics["best/step"]))
+    if outcome.is_champion:
+        client.set_registered_model_alias(name, CHAMPION, version)
     is_champion = str(outcome.is_champion).lower()
     run.set_tags({"registered_as": f"{name}/{version}", "champion_when_registered": is_champion})
     return f"version {version}, {outcome.words}"

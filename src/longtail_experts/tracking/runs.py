@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlparse
@@ -328,6 +328,8 @@ def _end(run: Run, status: str, seconds: float) -> None:
             status,
             first_line(error),
         )
+        with suppress(Exception):
+            mlflow.end_run(status)  # which MLflow would do at the exit, and write FINISHED
 
 
 def end_unopened_run() -> None:
