@@ -341,10 +341,13 @@ def test_only_on_a_gpu_experts_train_at_the_same_time():
     assert not at_once(device="cpu")
 
 
-def test_one_failed_child_does_not_stop_the_others(store, tiny_arguments, monkeypatch, capfd):
+@pytest.mark.parametrize("before", ["", "\n"])
+def test_one_failed_child_does_not_stop_the_others(
+    before, store, tiny_arguments, monkeypatch, capfd
+):
     def train(run, config, data):
         if config.loss == "logit_adjust":
-            raise main_stage.NonFiniteLossError("loss is not finite at step 3 (lr 0.4)")
+            raise main_stage.NonFiniteLossError(f"{before}loss is not finite at step 3 (lr 0.4)")
 
     monkeypatch.setattr(main_stage, "train_expert", train)
     monkeypatch.setattr(main_stage, "load_trained", lambda *arguments: None)

@@ -65,7 +65,7 @@ class DataError(ValueError):
 
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one line; its type where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return next(filter(str.strip, str(error).splitlines()), type(error).__name__)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
                 return Outcome(failure=first_line(error))
 
         outcomes = for_each_loss(child_of, config)
-        failures = {name: o.failure for name, o in outcomes.items() if o.failure}
+        failures = {name: o.failure for name, o in outcomes.items() if not o.run_id}
         children = {name: o.run_id for name, o in outcomes.items() if o.run_id}
         if len(children) > 1:
             try:

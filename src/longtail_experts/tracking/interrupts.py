@@ -33,10 +33,10 @@ def delayed_signals() -> Iterator[list[int]]:
 
     `mlflow run` passes Ctrl-C on as SIGINT and SIGTERM both, so that a second signal of another
     kind says nothing new; nor does one of the same kind at once, from terminal and launcher both.
-    What arrived and was not acted on is raised at the end of the block; of
-    blocks in each other, the outermost. A signal that the process ignores stays ignored. Python
-    allows handlers in the main thread alone: another thread is given the list that it was told to
-    `heed`, else one that stays empty.
+    What arrived and was not acted on is raised at the end of the block; of blocks in each other,
+    the outermost. A signal that the process ignores stays ignored. Python allows handlers in the
+    main thread alone: another thread is given the list that it was told to `heed`, else one that
+    stays empty.
     """
     heeded = _heeded.get()
     if heeded is not None or threading.current_thread() is not threading.main_thread():
