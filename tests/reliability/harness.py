@@ -87,16 +87,15 @@ def journal_lines(folder: Path) -> int:
     return sum(p.read_bytes().count(b"\n") for p in folder.glob(".cache/runs/*/points.jsonl"))
 
 
-def training_runs(experiment: str = "tests") -> list:
+def all_runs(experiment: str = "tests") -> list:
+    """The newest first."""
     client = MlflowClient()
     found = client.get_experiment_by_name(experiment)
-    if found is None:
-        return []
-    return [
-        run
-        for run in client.search_runs([found.experiment_id], max_results=1000)
-        if run.data.tags.get("stage") in ("main", "train")
-    ]
+    return client.search_runs([found.experiment_id], max_results=1000) if found else []
+
+
+def training_runs(experiment: str = "tests") -> list:
+    return [run for run in all_runs(experiment) if run.data.tags.get("stage") in ("main", "train")]
 
 
 def history(run_id: str) -> dict[str, list[tuple[int, float | None]]]:

@@ -6,12 +6,11 @@ import signal
 import threading
 from pathlib import Path
 
-import mlflow
 import pytest
 import torch
 from conftest import arguments_of, assert_same_logits
 from mlflow import MlflowClient
-from reliability.harness import history, last_checkpoint, of_reference, training_runs
+from reliability.harness import all_runs, history, last_checkpoint, of_reference, training_runs
 
 from longtail_experts.cli import main
 from longtail_experts.learning import step as steps
@@ -37,6 +36,10 @@ def interrupt_after(points: int, run_id: list[str]) -> threading.Thread:
     thread.done = done
     thread.start()
     return thread
+
+
+def ctrl_c(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -128,11 +131,8 @@ def test_a_signal_at_any_step_ends_in_the_same_weights(
 def test_a_run_interrupted_as_soon_as_it_is_there_goes_on(
     store, tiny_arguments, three_experts, monkeypatch, capsys
 ):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("longtail_experts.stages.train.offer_to_resume", interrupted)
+        patch.setattr("longtail_experts.stages.train.offer_to_resume", ctrl_c)
         assert main(["train", "--loss", "ce", *tiny_arguments]) == 130
     (run,) = training_runs()
     assert f"-P resume={run.info.run_id} goes on" in capsys.readouterr().err
@@ -147,11 +147,8 @@ def test_a_child_cut_off_before_its_config_was_there_goes_on(
     """And one cut off at its very end, calibrated, ends FINISHED, without a step."""
     short = [*tiny_arguments, "--epochs=1", "--milestones=none"]
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("longtail_experts.stages.main.train_expert", interrupted)
+        patch.setattr("longtail_experts.stages.main.train_expert", ctrl_c)
         assert main(["main", "--loss", "all", *short]) == 130
     (parent,) = (run for run in all_runs() if run.data.tags["stage"] == "all")
     (child,) = (run for run in all_runs() if run.data.tags["stage"] == "main")
@@ -168,7 +165,7 @@ def test_a_child_cut_off_before_its_config_was_there_goes_on(
 
 
 def test_a_parent_on_other_images_than_its_children_is_refused(
-    store, three_experts, tmp_path, monkeypatch, capsys
+    store, three_experts, monkeypatch, capsys
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{three_experts['folder']}/mlflow.db")
     child = Run(three_experts["ce"])
@@ -180,22 +177,15 @@ def test_a_parent_on_other_images_than_its_children_is_refused(
     assert f"run {child.run_id}: was trained on splits" in capsys.readouterr().err
 
 
-def all_runs() -> list:
-    return MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])
-
-
 def test_a_last_checkpoint_not_yet_sent_at_the_end_is_sent_by_resuming(
     store, tiny_arguments, monkeypatch
 ):
     def away(*_: object) -> None:
         raise OSError("no answer")
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "_upload", away)
-        patch.setattr(Recorder, "finish", interrupted)
+        patch.setattr(Recorder, "finish", ctrl_c)
         assert main(["train", "--loss", "ce", *tiny_arguments]) == 130
     (run,) = training_runs()
     run_id = run.info.run_id

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import CLASS_COUNTS, TINY_EXPERT, assert_same_logits
 from mlflow import MlflowClient
-from reliability.harness import history, of_reference
+from reliability.harness import all_runs, history, of_reference
 from scipy.special import log_softmax
 from sklearn.metrics import balanced_accuracy_score
 
@@ -219,10 +219,6 @@ def test_checkpoints_hold_plain_float32(finished):
         assert {tensor.dtype for tensor in content["model"].values()} == {torch.float32}
     assert all(torch.equal(best["model"][name], final["model"][name]) for name in best["model"])
     assert (last["epoch"], last["step"]) == (5, 47)
-
-
-def all_runs() -> list:
-    return MlflowClient().search_runs([mlflow.get_experiment_by_name("tests").experiment_id])
 
 
 @pytest.fixture

@@ -51,9 +51,11 @@ def delayed_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         arrived.append(number)
 
-    heard = {signal.SIGINT, signal.SIGTERM}
-    heard -= {n for n in heard if signal.getsignal(n) in (signal.SIG_IGN, None)}
-    before = {number: signal.signal(number, note) for number in heard}
+    before = {
+        number: signal.signal(number, note)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
     outside = _heeded.set(arrived)
     try:
         yield arrived

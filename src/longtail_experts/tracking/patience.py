@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import requests
 from mlflow.exceptions import MlflowException
 
+from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ def patiently(call: Callable[[], T], seconds: float) -> T:
                 if not is_transient(error) or time.monotonic() + pause > deadline:
                     raise
                 if not said:
-                    first = (str(error).splitlines() or [""])[0][:200]
-                    log.warning("the tracking store does not answer (%s); trying again", first)
+                    says = first_line(error)[:200]
+                    log.warning("the tracking store does not answer (%s); trying again", says)
                     said = True
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)

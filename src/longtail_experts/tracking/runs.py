@@ -318,8 +318,6 @@ def start_run(
 def _end(run: Run, status: str, seconds: float) -> None:
     try:
         patiently(lambda: run.plain_client.set_terminated(run.run_id, status), seconds)
-        with delayed_signals():
-            mlflow.end_run(status)
     except Exception as error:  # the exception under way, or the work done, matters more
         log.warning(
             "run %s: its status could not be set to %s (%s); `mlflow run . -e reap` does that "
@@ -328,8 +326,9 @@ def _end(run: Run, status: str, seconds: float) -> None:
             status,
             first_line(error),
         )
-        with suppress(Exception):
-            mlflow.end_run(status)  # which MLflow would do at the exit, and write FINISHED
+    # At its exit, MLflow ends what it takes for active, as FINISHED.
+    with suppress(Exception), delayed_signals():
+        mlflow.end_run(status)
 
 
 def end_unopened_run() -> None:
