@@ -10,66 +10,48 @@ generated unless `--data_dir` names a folder with CIFAR-100.
 
 import argparse
 import json
-import time
+from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 
 from throughput import (
     Found,
-    OurLoop,
     common_options,
+    experts_in_training,
     forget_peak,
     load,
     name_of,
+    seconds_of,
     show,
     spread,
-    wait_for,
+    take,
+    together,
 )
 
 from longtail_experts.config import Config
 from longtail_experts.data.dataset import Dataset
-from longtail_experts.learning.at_once import at_once, beside_the_others
 from longtail_experts.learning.cost import peak_memory_bytes
 from longtail_experts.stages.inputs import trains_at_once
 
 
-def take_steps(loop: OurLoop, num_steps: int) -> None:
-    for _ in islice(loop.steps(), num_steps):
-        pass
-
-
-def together(loops: list[OurLoop], num_steps: int, device: str) -> None:
-    def work(loop: OurLoop) -> None:
-        with beside_the_others():
-            take_steps(loop, num_steps)
-
-    at_once({str(number): partial(work, loop) for number, loop in enumerate(loops)}, device)
-
-
-def one_by_one(loops: list[OurLoop], num_steps: int, device: str) -> None:
-    for loop in loops:
-        take_steps(loop, num_steps)
+def one_by_one(running: list[Iterator[None]], num_steps: int, device: str) -> None:
+    for steps in running:
+        take(steps, num_steps)
 
 
 def measure(options: argparse.Namespace, config: Config, data: Dataset, num_experts: int) -> Found:
     device = config.device
     forget_peak(device)
-    loops = [
-        OurLoop(data, options.batch_size, device, config.precision, options.planned_images)
-        for _ in range(num_experts)
-    ]
+    loops = experts_in_training(options, config, data, num_experts)
+    running = [loop.steps() for loop in loops]
     ways = {"one_by_one": one_by_one}
     if trains_at_once(config):
         ways["together"] = together
-    one_by_one(loops, options.steps, device)
-    wait_for(device)
+    one_by_one(running, options.steps, device)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.n):
         for name, way in ways.items():
-            started = time.perf_counter()
-            way(loops, options.steps, device)
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - started)
+            turn = partial(way, running, options.steps, device)
+            seconds[name].append(seconds_of(turn, device))
     found: Found = {
         "device": name_of(device),
         "step_path": loops[0].state.path,

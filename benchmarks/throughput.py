@@ -2,19 +2,21 @@
 
     python benchmarks/throughput.py                          # generated images
     python benchmarks/throughput.py --data_dir FOLDER --json # CIFAR-100; one JSON object
+    python benchmarks/throughput.py --experts 3              # on a GPU: three at the same time
 
 Both train the same ResNet-32 on the same images with the same batch size on the same device, in
 turns of `--steps` steps, `--n` turns each, after steps that are not counted. The plain loop:
 `DataLoader` with two workers, PIL transforms, eager float32, `torch.optim.SGD` as it comes. This
 project's: what `main` would run for a training of `--planned_images` (compiled steps only where
-that is long enough to repay them); what compiling took is reported beside the rate.
+that is long enough to repay them); what compiling took is reported beside the rate. Of several
+experts, images of all are counted, and a step is one of each.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice, repeat
 
@@ -27,11 +29,12 @@ from torchvision import transforms
 from longtail_experts.config import Config, make_config
 from longtail_experts.data.batches import MEAN, STD, batches_of, draw_epoch, load_batch, pad
 from longtail_experts.data.dataset import Dataset
+from longtail_experts.learning.at_once import at_once, beside_the_others
 from longtail_experts.learning.cost import peak_memory_bytes
 from longtail_experts.learning.losses import Knobs, objective_of
 from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.learning.step import start_training, take_step
-from longtail_experts.stages.inputs import load_dataset, resolve
+from longtail_experts.stages.inputs import load_dataset, resolve, trains_at_once
 
 FULL_RECIPE = 256 * 8677  # images
 WARM_UP = 3  # steps at the beginning of a turn
@@ -120,20 +123,44 @@ class OurLoop:
                 yield
 
 
-def rate(loop: PlainLoop | OurLoop, num_steps: int, batch_size: int, device: str) -> float:
-    """Images a second over `num_steps` steps, after the first few of a new epoch; where they are
-    more than an epoch has, of those that follow, what it takes to begin one included."""
-    steps = loop.steps()
-    for _ in range(WARM_UP):
-        next(steps)
+def rate(
+    loops: Sequence[PlainLoop | OurLoop], num_steps: int, batch_size: int, device: str
+) -> float:
+    """Images a second over `num_steps` steps of each, after the first few of a new epoch; where
+    they are more than an epoch has, of those that follow, what it takes to begin one included."""
+    running = [loop.steps() for loop in loops]
+    for steps in running:
+        take(steps, WARM_UP)
+    seconds = seconds_of(lambda: together(running, num_steps, device), device)
+    for steps in running:
+        steps.close()  # ends the workers: they would slow the other loop's turn
+    return len(loops) * num_steps * batch_size / seconds
+
+
+def take(steps: Iterator[None], num_steps: int) -> None:
+    for _ in islice(steps, num_steps):
+        pass
+
+
+def together(running: list[Iterator[None]], num_steps: int, device: str) -> None:
+    """A thread each, as `main -P loss=all` does it; one alone needs none."""
+
+    def work(steps: Iterator[None]) -> None:
+        with beside_the_others():
+            take(steps, num_steps)
+
+    if len(running) == 1:
+        take(running[0], num_steps)
+    else:
+        at_once({str(i): partial(work, steps) for i, steps in enumerate(running)}, device)
+
+
+def seconds_of(do: Callable[[], object], device: str) -> float:
     wait_for(device)
     started = time.perf_counter()
-    for _ in range(num_steps):
-        next(steps)
+    do()
     wait_for(device)
-    seconds = time.perf_counter() - started
-    steps.close()  # ends the workers: they would slow the other loop's turn
-    return num_steps * batch_size / seconds
+    return time.perf_counter() - started
 
 
 def wait_for(device: str) -> None:
@@ -171,6 +198,15 @@ def common_options(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON objects")
     return parser
+
+
+def experts_in_training(
+    options: argparse.Namespace, config: Config, data: Dataset, num_experts: int
+) -> list[OurLoop]:
+    return [
+        OurLoop(data, options.batch_size, config.device, config.precision, options.planned_images)
+        for _ in range(num_experts)
+    ]
 
 
 def load(options: argparse.Namespace) -> tuple[Config, Dataset]:
@@ -216,19 +252,20 @@ def show(found: Found) -> None:
 def measure(options: argparse.Namespace) -> Found:
     """What --json prints, and what else says how it came about."""
     config, data = load(options)
-    ours = OurLoop(
-        data, options.batch_size, config.device, config.precision, options.planned_images
-    )
-    plain = PlainLoop(data, options.batch_size, config.device)
+    if options.experts > 1 and not trains_at_once(config):
+        raise SystemExit(f"error: --experts={options.experts}: on a CPU one trains after another")
+    ours = experts_in_training(options, config, data, options.experts)
+    loops = {"plain_": [PlainLoop(data, options.batch_size, config.device)], "": ours}
     rates: dict[str, list[float]] = {"": [], "plain_": []}
     for _ in range(options.n):
-        for name, loop in (("plain_", plain), ("", ours)):
-            rates[name].append(rate(loop, options.steps, options.batch_size, config.device))
+        for name, some in loops.items():
+            rates[name].append(rate(some, options.steps, options.batch_size, config.device))
     found: Found = {
         "device": name_of(config.device),
         "threads": torch.get_num_threads(),
         "precision": config.precision,
-        "step_path": ours.state.path,
+        "step_path": ours[0].state.path,
+        "experts": options.experts,
         "n": options.n,
         "steps": options.steps,
     }
@@ -237,14 +274,16 @@ def measure(options: argparse.Namespace) -> Found:
     middle = float(found["images_per_second"])
     return found | {
         "ratio": middle / float(found["plain_images_per_second"]),
-        "ms_per_step": 1000 * options.batch_size / middle,
-        "seconds_to_compile": ours.seconds_to_compile,
+        "ms_per_step": 1000 * options.experts * options.batch_size / middle,
+        "seconds_to_compile": ours[0].seconds_to_compile,
         "peak_memory_bytes": peak_memory_bytes(config.device),  # of both loops together
     }
 
 
 def main() -> None:
-    options = common_options(__doc__).parse_args()
+    parser = common_options(__doc__)
+    parser.add_argument("--experts", type=int, default=1, help="at the same time, on a GPU")
+    options = parser.parse_args()
     found = measure(options)
     if options.json:
         print(json.dumps({name: found[name] for name in REPORTED}))
