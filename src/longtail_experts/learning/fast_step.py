@@ -13,7 +13,7 @@ import copy
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -242,7 +242,7 @@ def require_same_step(
     Called after the warm-up: momentum is not zero, and a forgotten one shows.
     """
     plain = copy.deepcopy(state)
-    before = [values.clone() for values in tensors_of(plain)]
+    before = _copies(tensors_of(plain))
     expected = float(step(plain, batch, CHECK_LR))
     recording.replay()
     found = float(recording.loss)
@@ -282,7 +282,7 @@ def left_as_it_was(state: Any) -> Iterator[None]:
     """Of steps taken in here nothing remains, but momenta of zero where there were none."""
     make_momenta(state.optimizer)
     tensors, count = tensors_of(state), state.step
-    before = [values.clone() for values in tensors]
+    before = _copies(tensors)
     try:
         yield
     finally:
@@ -291,6 +291,12 @@ def left_as_it_was(state: Any) -> Iterator[None]:
                 values.copy_(value)
         state.step = count
         state.optimizer.zero_grad(set_to_none=True)  # gradients may lie in a graph's memory
+
+
+def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Without a graph: one would hold the nodes that gather the parameters' gradients, and those
+    the stream that they were made on, which a step recorded on another must not touch."""
+    return [values.detach().clone() for values in tensors]
 
 
 def tensors_of(state: Any) -> list[Tensor]:
