@@ -530,9 +530,13 @@ def test_how_far_apart_by_hand():
     before = [torch.zeros(2), torch.tensor([5.0])]
     plain = [torch.tensor([3.0, 4.0]), torch.tensor([5.0])]  # a change of length 5, and none
     assert how_far_apart(plain, plain, before) == 0
-    assert how_far_apart(before, plain, before) == pytest.approx(1)
-    ours = [torch.tensor([3.0, 3.0]), torch.tensor([5.0])]
-    assert how_far_apart(ours, plain, before) == pytest.approx(1 / 5, rel=1e-4)
+    for share in (0, 0.5, 1.5, 2):  # of the change: what is missing, or too much, counts
+        ours = [share * plain[0], plain[1]]
+        assert how_far_apart(ours, plain, before) == pytest.approx(abs(share - 1), rel=1e-4)
+    ours = [torch.tensor([3.0 - 0.8, 4.0 + 0.6]), plain[1]]  # across the change: half of it
+    assert how_far_apart(ours, plain, before) == pytest.approx(1 / 5 / 2, rel=1e-4)
+    ours = [torch.tensor([3.0, 3.0]), plain[1]]  # -1 of 4 along (3, 4) / 5: 0.8 of 5
+    assert how_far_apart(ours, plain, before) == pytest.approx(0.8 / 5, rel=1e-4)
     assert how_far_apart([plain[0], torch.tensor([6.0])], plain, before) > 1e4
     assert how_far_apart([plain[0], torch.tensor([5.0000005])], plain, before) < 0.1
     broken = how_far_apart([plain[0], torch.tensor([float("nan")])], plain, before)

@@ -14,21 +14,24 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from longtail_experts.learning.fused import fused, fusible
+
+TIMED = True
 WARM_UP = 3  # steps before a recording, in which libraries choose kernels and allocate
 CHECK_LR = 0.01  # small enough for any state to survive a step of the check
 
-# How far a replayed step may be from the plain one. Rounding alone, between two memory orders of
-# one batch on a CPU, gives up to 5e-7 and 0.034 in fp32, 5e-4 and 0.83 in bf16. An update left out,
-# at another rate or of another batch is 1 away or more.
+# How far a replayed step may be from the plain one. Rounding alone gave up to 5e-7 and 0.02 in fp32
+# (two memory orders of one batch on a CPU), 7e-4 and 0.4 in bf16 (fused kernels beside plain ones).
+# An update left out, taken twice or at another rate is 1 away.
 LOSS_APART = {"fp32": 1e-4, "bf16": 1e-2}  # relative
-APART = {"fp32": 0.1, "bf16": 0.9}  # of any tensor, relative to the length of its change
+APART = {"fp32": 0.1, "bf16": 0.7}  # of any tensor, by `how_far_apart`
 
 # Forward passes of one size before one is recorded. A recording takes six passes and waits for the
 # whole GPU; of images enough to keep that busy, a replay saves no more than the calls: an estimate.
@@ -37,6 +40,7 @@ LOGITS_APART = 1e-4  # relative, lengths as in Euclid; rounding gives some 1e-6
 
 Batch = tuple[Tensor | tuple[Tensor, ...], ...]
 Step = Callable[[Any, Batch, float | Tensor], Tensor]  # (state, batch, lr) -> loss, on the device
+Kernels = Callable[[nn.Module], AbstractContextManager]  # of a network, inside a context
 Recorder = Callable[[Callable[[], None]], Callable[[], Any]]  # what to do -> to do it once more
 
 
@@ -47,6 +51,7 @@ class CannotRecordError(RuntimeError):
 # Whoever records waits for the whole device first, which none may while another records; and some
 # versions of PyTorch (2.11) refuse to replay meanwhile.
 _recording = threading.Lock()
+plain_passes = threading.Lock()  # held by whoever computes forward passes, or changes how
 # Graphs whose capture failed: PyTorch (2.11) asks them about every allocation from then on.
 _refused: list[torch.cuda.CUDAGraph] = []
 
@@ -88,6 +93,14 @@ def cuda_graphs() -> Recorder:
     return record
 
 
+@contextmanager
+def chosen_by_timing() -> Iterator[None]:
+    """In here cuDNN tries its kernels for each convolution that is new to this thread, and keeps
+    the fastest. The setting belongs to the process: forward passes of others wait."""
+    with plain_passes, torch.backends.cudnn.flags(enabled=True, benchmark=TIMED, allow_tf32=False):
+        yield
+
+
 class Recording(NamedTuple):
     batch: Batch  # what a replay reads, beside the learning rate
     loss: Tensor  # what it writes, beside the state
@@ -104,6 +117,7 @@ class RecordedSteps:
 
     def __init__(self, make_recorder: Callable[[], Recorder] = cuda_graphs):
         self._make_recorder = make_recorder
+        self._fuses = True  # until that has failed
         self._forget()
 
     def _forget(self) -> None:
@@ -144,7 +158,21 @@ class RecordedSteps:
         return is_there and _is_same(kind, self._kind)
 
     def _record(self, state: Any, batch: Batch, step: Step, precision: str) -> Recording:
-        """A recording that was compared with the step itself; `state` is left as it was."""
+        """A recording that was compared with the step itself; `state` is left as it was.
+
+        Of the kernels written for this network, where they can run; else of PyTorch's.
+        """
+        if self._fuses and fusible(state.model):
+            try:
+                return self._record_with(fused, state, batch, step, precision)
+            except CannotRecordError as error:
+                self._fuses = False
+                warnings.warn(f"kernels are not fused, and slower: {error}", stacklevel=4)
+        return self._record_with(nullcontext, state, batch, step, precision)
+
+    def _record_with(
+        self, kernels: Kernels, state: Any, batch: Batch, step: Step, precision: str
+    ) -> Recording:
         with left_as_it_was(state):
             self._memory = (state.model, _a_momentum(state))
             try:
@@ -156,9 +184,11 @@ class RecordedSteps:
                 own = _first_half_twice(batch)
 
                 def run() -> None:
-                    with _rate_in_memory(state.optimizer):
+                    with kernels(state.model), _rate_in_memory(state.optimizer):
                         loss.copy_(step(state, own, lr))
 
+                with chosen_by_timing():
+                    run()
                 recording = Recording(own, loss, self._recorder(run), step)
                 _fill(own, batch)
                 lr.fill_(CHECK_LR)
@@ -258,14 +288,20 @@ def require_same_step(
 
 @torch.no_grad()
 def how_far_apart(ours: list[Tensor], theirs: list[Tensor], before: list[Tensor]) -> float:
-    """The largest |ours - theirs| / |theirs - before| of a tensor, lengths as in Euclid; changes
-    below float32's rounding of the tensor itself do not count."""
-    ratios = []
+    """The largest of all tensors: how much of their change is missing from ours, or too much,
+    along their change; or half of what ours is away from theirs, where that is more.
+
+    Both as shares of the length of their change, lengths as in Euclid: rounding, which has no
+    direction, shows little along it. Changes below float32's rounding of the tensor itself do not
+    count.
+    """
+    found = []
     for our, their, old in zip(ours, theirs, before, strict=True):
         our, their, old = our.double(), their.double(), old.double()
-        noise = 1e-6 * their.norm() + 1e-12
-        ratios.append((our - their).norm() / ((their - old).norm() + noise))
-    return float(torch.stack(ratios).max())  # of NaN, NaN
+        change, off = their - old, our - their
+        length = change.norm() + 1e-6 * their.norm() + 1e-12
+        found += [(off * change).sum().abs() / length**2, off.norm() / length / 2]
+    return float(torch.stack(found).max())  # of NaN, NaN
 
 
 def make_momenta(optimizer: torch.optim.SGD) -> None:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longtail_experts.learning.fused_conv import Conv3x3
+from longtail_experts.learning.fused_norm import Norm
+
 WIDTHS = (16, 32, 64)
 BLOCKS_PER_STAGE = 5
 COSINE_SCALE = 30.0  # of the cosine head: Cao et al. (NeurIPS 2019), the authors' code
@@ -31,32 +34,29 @@ def _shortcut(kind: str, in_channels: int, channels: int, stride: int) -> nn.Mod
     if kind == "pad":
         return PadShortcut(channels - in_channels)
     return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+        nn.Conv2d(in_channels, channels, 1, stride, bias=False), Norm(channels, relu=False)
     )
 
 
 class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv1 = Conv3x3(in_channels, channels, stride)
+        self.bn1 = Norm(channels)
+        self.conv2 = Conv3x3(channels, channels)
+        self.bn2 = Norm(channels)
         self.shortcut = _shortcut(shortcut, in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place where the backward pass needs no batch norm's output: a pass over memory less.
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        out += self.shortcut(x)
-        return F.relu(out, inplace=True)
+        out = self.conv2(self.bn1(self.conv1(x)))
+        return self.bn2(out, self.shortcut(x))
 
 
 class Backbone(nn.Module):
     def __init__(self, shortcut: str):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, 1, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.conv1 = Conv3x3(3, WIDTHS[0])
+        self.bn1 = Norm(WIDTHS[0])
         in_channels = WIDTHS[0]
         for number, channels in enumerate(WIDTHS, start=1):
             blocks = []
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
 
     def forward(self, x: Tensor) -> Tensor:  # [N, 3, 32, 32] -> [N, 64]
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.bn1(self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return x.mean((2, 3))
 

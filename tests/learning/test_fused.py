@@ -1,0 +1,133 @@
+"""The kernels written in Triton equal PyTorch's operators, forward and backward.
+
+On a CPU Triton's interpreter runs them, in a process of its own: it is chosen when they are
+imported. It knows no bf16, whose rounding is looked at on a GPU.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from longtail_experts.learning import fused_conv
+from longtail_experts.learning.fused import fused, fusible
+from longtail_experts.learning.fused_conv import Conv3x3
+from longtail_experts.learning.fused_norm import Norm
+from longtail_experts.learning.resnet import build_resnet32
+
+NORMS = [(3, 16, 32), (5, 32, 6), (9, 64, 8)]  # images, channels, side: whole parts and others
+CONVS = [(3, 16, 16, 8, 1), (2, 32, 32, 16, 1), (3, 16, 32, 8, 2), (5, 32, 64, 4, 2)]
+
+
+def require_same_norms(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    for num, channels, side in NORMS:
+        for relu in (True, False):
+            for adds in (True, False):
+                norm = Norm(channels, relu=relu)
+                with torch.no_grad():
+                    norm.weight.copy_(1 + draw(channels) / 4)
+                    norm.bias.copy_(draw(channels))
+                norm = norm.to(device)
+                exact = copy.deepcopy(norm).double()
+                shape = (num, channels, side, side)
+                x, added, dy = (
+                    values.to(device, dtype, memory_format=torch.channels_last)
+                    for values in (3 + 2 * draw(*shape), draw(*shape), draw(*shape))
+                )
+                found = gradients(norm, x, added if adds else None, dy, with_kernels=True)
+                expected = gradients(exact, x.double(), added.double() if adds else None, dy)
+                for ours, theirs in zip(found, expected, strict=True):
+                    require_close(ours, theirs, tolerance)
+                for ours, theirs in zip(norm.buffers(), exact.buffers(), strict=True):
+                    require_close(ours, theirs, 1e-5)
+                assert int(norm.num_batches_tracked) == 1
+
+
+def gradients(module, x, added, dy, with_kernels=False) -> list[torch.Tensor]:
+    leaves = [values.clone().requires_grad_() for values in (x, added) if values is not None]
+    if with_kernels:
+        module.is_fused = True
+    y = module(*leaves)
+    y.backward(dy.to(y.dtype))
+    parameters = [parameter.grad for parameter in module.parameters()]
+    return [y.detach(), *(leaf.grad for leaf in leaves), *parameters]
+
+
+def require_same_convolutions(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for num, c_in, c_out, side, stride in CONVS:
+        conv = Conv3x3(c_in, c_out, stride)
+        conv = conv.to(device, memory_format=torch.channels_last)
+        assert conv.is_fusible
+        x = torch.randn(num, c_in, side, side, generator=generator)
+        dy = torch.randn(num, c_out, side // stride, side // stride, generator=generator)
+        x, dy = (v.to(device, dtype, memory_format=torch.channels_last) for v in (x, dy))
+        ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+        y = conv._kernels.apply(ours, conv.weight)
+        y.backward(dy)
+        weight = conv.weight.detach().to(dtype).double().requires_grad_()
+        expected = F.conv2d(theirs, weight, stride=stride, padding=1)
+        expected.backward(dy.double())
+        require_close(y, expected, tolerance)
+        require_close(ours.grad, theirs.grad, tolerance)
+        require_close(conv.weight.grad, weight.grad, 1e-5)  # summed in float32 in any case
+        assert conv.weight.grad.dtype == torch.float32
+
+
+def require_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    apart = (ours.detach().double() - theirs.detach().double()).norm()
+    assert float(apart / theirs.detach().double().norm()) <= tolerance
+
+
+def interpreted() -> None:
+    require_same_norms("cpu", torch.float32, 1e-5)
+    require_same_convolutions("cpu", torch.float32, 1e-5)
+    model = build_resnet32(10, "pad", seed=0).to(memory_format=torch.channels_last)
+    assert len(fusible(model)) == 31 + 10 + 9 + 2  # norms, 16 and 32 channels, stride 2
+    images = torch.randn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    with fused(model):
+        logits = model(images)
+    assert not any(module.is_fused for module in fusible(model))
+    require_close(logits, plain(images), 1e-4)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    kept = copy.deepcopy(model.eval().state_dict())
+    with fused(model):
+        require_close(model(images), copy.deepcopy(model)(images), 1e-6)
+    assert all(torch.equal(kept[name], x) for name, x in model.state_dict().items())
+
+
+@pytest.mark.skipif(fused_conv.triton is None, reason="PyTorch comes without Triton here")
+def test_interpreted_kernels_equal_pytorchs_operators():
+    subprocess.run(
+        [sys.executable, "-c", "import test_fused; test_fused.interpreted()"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent,
+        check=True,
+        timeout=600,
+    )
+
+
+def test_on_a_cpu_nothing_is_fused():
+    model = build_resnet32(10, "pad", seed=0).to(memory_format=torch.channels_last)
+    assert fusible(model) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_on_a_gpu_kernels_equal_pytorchs_operators(dtype, tolerance):
+    """bf16 rounds to 2^-9 of a value, which is what is left between them."""
+    require_same_norms("cuda", dtype, tolerance)
+    if dtype == torch.bfloat16:  # the only one that takes them
+        require_same_convolutions("cuda", dtype, tolerance)
