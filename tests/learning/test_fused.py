@@ -9,19 +9,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from longtail_experts.learning import fused_conv
-from longtail_experts.learning.fused import fused, fusible
-from longtail_experts.learning.fused_conv import Conv3x3
+from longtail_experts.learning import fused as fused_module
+from longtail_experts.learning import fused_conv, fused_norm
+from longtail_experts.learning.fused import fused, fusible, require_same_layer
+from longtail_experts.learning.fused_conv import Conv
 from longtail_experts.learning.fused_norm import Norm
 from longtail_experts.learning.resnet import build_resnet32
 
 NORMS = [(3, 16, 32), (5, 32, 6), (9, 64, 8)]  # images, channels, side: whole parts and others
-CONVS = [(3, 16, 16, 8, 1), (2, 32, 32, 16, 1), (3, 16, 32, 8, 2), (5, 32, 64, 4, 2)]
+CONVS = [  # images, channels in and out, side, size of the filter, stride
+    *((3, 16, 16, 8, 3, 1), (2, 32, 32, 16, 3, 1), (5, 64, 64, 8, 3, 1)),
+    *((3, 16, 32, 8, 3, 2), (5, 32, 64, 4, 3, 2), (3, 16, 32, 8, 1, 2), (5, 32, 64, 4, 1, 2)),
+]
 
 
 def require_same_norms(device: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -65,8 +72,8 @@ def gradients(module, x, added, dy, with_kernels=False) -> list[torch.Tensor]:
 
 def require_same_convolutions(device: str, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    for num, c_in, c_out, side, stride in CONVS:
-        conv = Conv3x3(c_in, c_out, stride)
+    for num, c_in, c_out, side, size, stride in CONVS:
+        conv = Conv(c_in, c_out, size, stride)
         conv = conv.to(device, memory_format=torch.channels_last)
         assert conv.is_fusible
         x = torch.randn(num, c_in, side, side, generator=generator)
@@ -76,7 +83,7 @@ def require_same_convolutions(device: str, dtype: torch.dtype, tolerance: float)
         y = conv._kernels.apply(ours, conv.weight)
         y.backward(dy)
         weight = conv.weight.detach().to(dtype).double().requires_grad_()
-        expected = F.conv2d(theirs, weight, stride=stride, padding=1)
+        expected = F.conv2d(theirs, weight, stride=stride, padding=size // 2)
         expected.backward(dy.double())
         require_close(y, expected, tolerance)
         require_close(ours.grad, theirs.grad, tolerance)
@@ -92,9 +99,12 @@ def require_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
 def interpreted() -> None:
     require_same_norms("cpu", torch.float32, 1e-5)
     require_same_convolutions("cpu", torch.float32, 1e-5)
+    require_same_convolutions("cpu", torch.float16, 1e-3)  # stands in for bf16
+    require_a_wrong_kernel_is_found()
+    require_recorded_steps_take_them()
     model = build_resnet32(10, "pad", seed=0).to(memory_format=torch.channels_last)
-    assert len(fusible(model)) == 31 + 10 + 9 + 2  # norms, 16 and 32 channels, stride 2
-    images = torch.randn(2, 3, 32, 32)
+    assert len(fusible(model)) == 31 + 30  # all but the first convolution
+    images = torch.randn(4, 3, 8, 8)
     plain = copy.deepcopy(model)
     with fused(model):
         logits = model(images)
@@ -106,6 +116,74 @@ def interpreted() -> None:
     with fused(model):
         require_close(model(images), copy.deepcopy(model)(images), 1e-6)
     assert all(torch.equal(kept[name], x) for name, x in model.state_dict().items())
+
+
+def require_a_wrong_kernel_is_found() -> None:
+    """Each is wrong in one of what comes out of it."""
+    conv = Conv(16, 16).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    norm, real = Norm(16), fused_norm._Fused
+
+    def off(result, part=...):
+        result = result.clone()
+        result[part] *= 1.2
+        return result
+
+    def without_a_corner(x, dy, whole=fused_conv._weight_gradient):
+        return off(whole(x, dy), (slice(None), slice(None), 0, 0))
+
+    def in_one_direction(x, weight, flip=False, whole=fused_conv._convolved):
+        return off(whole(x, weight, flip), 0) if flip else whole(x, weight, flip)
+
+    wrong_norm = SimpleNamespace(apply=lambda *arguments: real.apply(*arguments) * 1.02)
+    with mock.patch.object(fused_conv, "PRECISIONS", (torch.float32,)):
+        require_same_layer(conv, [x])
+        for name, wrong, part in (
+            ("_weight_gradient", without_a_corner, "weight"),
+            ("_convolved", in_one_direction, "input 0"),
+        ):
+            with (
+                mock.patch.object(fused_conv, name, wrong),
+                pytest.raises(ValueError, match=f"the gradient of {part} of Conv.* away from"),
+            ):
+                require_same_layer(conv, [x])
+    require_same_layer(norm, [x, x])
+    with (
+        mock.patch.object(fused_norm, "_Fused", wrong_norm),
+        pytest.raises(ValueError, match=r"the output of Norm\(16, .*relu=True\) is 0.02 of"),
+    ):
+        require_same_layer(norm, [x, x])
+    assert int(norm.num_batches_tracked) == 0  # left as it is
+
+
+def require_recorded_steps_take_them() -> None:
+    from test_fast_step import NUM_CLASSES, call_again, start, train
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, NUM_CLASSES))
+        return nn.Sequential(Conv(3, 16), Norm(16), Conv(16, 16), Norm(16), *head)
+
+    plain, recorded = start(build, None), start(build, call_again)
+    taken = mock.Mock(side_effect=fused_norm._Fused.apply)
+    with mock.patch.object(fused_norm, "_Fused", SimpleNamespace(apply=taken)):
+        losses = train(recorded, range(1), lr=0.01)
+    assert recorded.path == "graph"
+    assert taken.call_count > 2 * 4  # norms, times three to warm up and one to record
+    assert losses == pytest.approx(train(plain, range(1), lr=0.01), rel=1e-3)
+
+    def wrong(*_):
+        raise RuntimeError("no such instruction")
+
+    fused_module._same.clear()
+    broken = start(build, call_again)
+    with (
+        mock.patch.object(fused_norm, "_Fused", SimpleNamespace(apply=wrong)),
+        pytest.warns(UserWarning, match="kernels are not fused, and slower: no such") as caught,
+    ):
+        assert train(broken, range(1), lr=0.01) == train(start(build, None), range(1), lr=0.01)
+    assert len(caught) == 1
+    assert broken.path == "graph"
 
 
 @pytest.mark.skipif(fused_conv.triton is None, reason="PyTorch comes without Triton here")

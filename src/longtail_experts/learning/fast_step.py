@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longtail_experts.learning.fused import fused, fusible
+from longtail_experts.learning.fused import fused, fusible, require_same_layers
 
-TIMED = True
 WARM_UP = 3  # steps before a recording, in which libraries choose kernels and allocate
 CHECK_LR = 0.01  # small enough for any state to survive a step of the check
 
@@ -51,7 +50,6 @@ class CannotRecordError(RuntimeError):
 # Whoever records waits for the whole device first, which none may while another records; and some
 # versions of PyTorch (2.11) refuse to replay meanwhile.
 _recording = threading.Lock()
-plain_passes = threading.Lock()  # held by whoever computes forward passes, or changes how
 # Graphs whose capture failed: PyTorch (2.11) asks them about every allocation from then on.
 _refused: list[torch.cuda.CUDAGraph] = []
 
@@ -91,14 +89,6 @@ def cuda_graphs() -> Recorder:
         return replay
 
     return record
-
-
-@contextmanager
-def chosen_by_timing() -> Iterator[None]:
-    """In here cuDNN tries its kernels for each convolution that is new to this thread, and keeps
-    the fastest. The setting belongs to the process: forward passes of others wait."""
-    with plain_passes, torch.backends.cudnn.flags(enabled=True, benchmark=TIMED, allow_tf32=False):
-        yield
 
 
 class Recording(NamedTuple):
@@ -183,12 +173,16 @@ class RecordedSteps:
                 lr, loss = self._lr.zero_(), torch.zeros((), device=device)
                 own = _first_half_twice(batch)
 
-                def run() -> None:
-                    with kernels(state.model), _rate_in_memory(state.optimizer):
+                def run_plain() -> None:
+                    with _rate_in_memory(state.optimizer):
                         loss.copy_(step(state, own, lr))
 
-                with chosen_by_timing():
-                    run()
+                def run() -> None:
+                    with kernels(state.model):
+                        run_plain()
+
+                if kernels is fused:
+                    require_same_layers(state.model, run_plain)
                 recording = Recording(own, loss, self._recorder(run), step)
                 _fill(own, batch)
                 lr.fill_(CHECK_LR)

@@ -1,13 +1,20 @@
 """Which modules of a network take the kernels that were written for them, and when."""
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from longtail_experts.learning.fused_conv import Conv3x3
+from longtail_experts.learning.fused_conv import Conv
 from longtail_experts.learning.fused_norm import Norm
+
+# How far a result may be from that of the same inputs in float64, lengths as in Euclid. bf16
+# rounds a value to 2^-9; a pixel, a tap or a part that is left out is ten times as much away.
+LAYER_APART = 1e-2
+_same: set[tuple] = set()  # kinds of module, and of input, that were found to agree
 
 
 def fusible(model: nn.Module) -> list[nn.Module]:
@@ -15,7 +22,7 @@ def fusible(model: nn.Module) -> list[nn.Module]:
     parameter = next(model.parameters())
     if not parameter.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return []
-    return [m for m in model.modules() if isinstance(m, Conv3x3 | Norm) and m.is_fusible]
+    return [m for m in model.modules() if isinstance(m, Conv | Norm) and m.is_fusible]
 
 
 @contextmanager
@@ -29,3 +36,58 @@ def fused(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.is_fused = False
+
+
+def require_same_layers(model: nn.Module, run: Callable[[], None]) -> None:
+    """ValueError unless the kernels do what PyTorch does, forward and backward, with what comes to
+    each kind of module while `run` takes a training step of `model`. Once a process."""
+    seen: dict[tuple, tuple[nn.Module, list[Tensor]]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        kind = (str(module), *((x.device, x.dtype, x.shape) for x in inputs))
+        if kind not in seen and kind not in _same:
+            seen[kind] = module, [x.detach().clone() for x in inputs]
+
+    hooks = [module.register_forward_hook(note) for module in fusible(model)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for kind, (module, inputs) in seen.items():
+        require_same_layer(module, inputs)
+        _same.add(kind)
+
+
+def require_same_layer(module: nn.Module, inputs: list[Tensor]) -> None:
+    """`require_same_layers` of one module, which is left as it is."""
+    trial, exact = copy.deepcopy(module), copy.deepcopy(module)
+    if isinstance(exact, Conv):  # autocast rounds its weights, as the kernels do
+        exact.weight.data = exact.weight.data.to(inputs[0].dtype)
+    random = torch.Generator(inputs[0].device).manual_seed(0)
+    with fused(trial):
+        found = _results(trial, inputs, random)
+    expected = _results(exact.double(), [x.double() for x in inputs], random.manual_seed(0))
+    for name, values in expected.items():
+        ours, theirs = found[name].double(), values.double()
+        apart = float((ours - theirs).norm() / (theirs.norm() + 1e-12))
+        if not apart <= LAYER_APART:
+            raise ValueError(
+                f"{name} of {module} is {apart:.2g} of its length away from PyTorch's (at most "
+                f"{LAYER_APART:g})"
+            )
+
+
+def _results(module: nn.Module, inputs: list[Tensor], random: torch.Generator) -> dict[str, Tensor]:
+    """Output, and the gradients for a random one of it; statistics as they are then."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    with torch.autocast(leaves[0].device.type, enabled=False):
+        out = module.train()(*leaves)
+        gradient = torch.randn(out.shape, generator=random, device=out.device)
+        # The same values for both, in the memory order that the next layer's would have.
+        gradient = gradient.to(inputs[0].dtype, memory_format=torch.channels_last).to(out.dtype)
+        out.backward(gradient)
+    found = {"the output": out.detach()}
+    found |= {f"the gradient of input {i}": x.grad for i, x in enumerate(leaves)}
+    found |= {f"the gradient of {name}": p.grad for name, p in module.named_parameters()}
+    return found | {name: x.detach().clone() for name, x in module.named_buffers()}

@@ -1,5 +1,5 @@
 # ruff: noqa: N803  (Triton's constants are written large)
-"""3x3 convolutions of few channels, written in Triton for GPUs: forward, and both gradients.
+"""Convolutions of few channels, written in Triton for GPUs: forward, and both gradients.
 
 What cuDNN chooses for 16 and 32 channels goes over memory many times (benchmarks/README.md). Here
 a program holds a run of pixels with all their channels, multiplies it with one tap of the filter
@@ -21,7 +21,8 @@ except ImportError:  # PyTorch without CUDA, or not on Linux
 PIXELS = 128  # of one multiplication
 EACH = 16384  # values of a channel-wide run that one program adds up for the weights' gradient
 SUMMED = 8192  # values of partial sums that one program holds
-WIDTHS = (16, 32)  # of 64, cuDNN's are as fast
+WIDTHS = (16, 32, 64)
+PRECISIONS = (torch.bfloat16,)  # of float32, cuDNN's are as exact and faster
 
 if triton is not None:
 
@@ -133,7 +134,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        return _convolved(dy, weight, flip=True), _weight_gradient(x, dy, weight)
+        return _convolved(dy, weight, flip=True), _weight_gradient(x, dy)
 
 
 class _FusedWeightGradient(torch.autograd.Function):
@@ -143,17 +144,19 @@ class _FusedWeightGradient(torch.autograd.Function):
     def forward(ctx, x, weight):
         rounded = weight.to(x.dtype)
         ctx.save_for_backward(x, weight, rounded)
-        return nn.functional.conv2d(x, rounded, stride=2, padding=1)
+        return nn.functional.conv2d(x, rounded, stride=2, padding=weight.shape[2] // 2)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, rounded = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
+        around = [weight.shape[2] // 2] * 2
         dx, _, _ = torch.ops.aten.convolution_backward(
-            *(dy, x, rounded, None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1),
+            *(dy, x, rounded, None, [2, 2], around, [1, 1], False, [0, 0], 1),
             output_mask=[True, False, False],
         )
-        return dx, _weight_gradient(x, dy, weight)
+        dw = _weight_gradient(x, dy)
+        return dx, dw if weight.shape[2] == 3 else dw[:, :, 1:2, 1:2].contiguous()  # middle tap
 
 
 def _convolved(x: Tensor, weight: Tensor, flip: bool = False) -> Tensor:
@@ -174,12 +177,14 @@ def _convolved(x: Tensor, weight: Tensor, flip: bool = False) -> Tensor:
     return y
 
 
-def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """float32 [C out, C in, 3, 3]."""
     num, c_out, height, width = dy.shape
     num_pixels, each = num * height * width, EACH // c_out
-    num_parts, dw = triton.cdiv(num_pixels, each), torch.empty_like(weight)
-    partial = weight.new_empty((num_parts, weight.numel()))
-    channels = {"C_IN": x.shape[1], "C_OUT": c_out}
+    c_in, num_parts = x.shape[1], triton.cdiv(num_pixels, each)
+    partial = x.new_empty((num_parts, 9 * c_in * c_out), dtype=torch.float32)
+    dw = x.new_empty((c_out, 3, 3, c_in), dtype=torch.float32).permute(0, 3, 1, 2)
+    channels = {"C_IN": c_in, "C_OUT": c_out}
     is_large = max(channels.values()) > 32
     _weight_sums[(num_parts, 3)](
         *(x, dy, partial, num_pixels),
@@ -194,19 +199,19 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     )
     parts = triton.next_power_of_2(num_parts)
     together = max(16, SUMMED // parts)
-    _sum_parts[(triton.cdiv(weight.numel(), together),)](
+    _sum_parts[(triton.cdiv(dw.numel(), together),)](
         partial, dw, num_parts, PARTS=parts, NUM=together, **channels, num_warps=4
     )
     return dw
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride 1 or 2 with padding 1, without bias."""
+class Conv(nn.Conv2d):
+    """A 1x1 or 3x3 convolution that keeps the size of images or halves it, without bias."""
 
     is_fused = False
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
-        super().__init__(in_channels, out_channels, 3, stride, padding=1, bias=False)
+    def __init__(self, in_channels: int, out_channels: int, size: int = 3, stride: int = 1):
+        super().__init__(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
 
     @property
     def is_fusible(self) -> bool:
@@ -215,13 +220,15 @@ class Conv3x3(nn.Conv2d):
 
     @property
     def _kernels(self) -> type[torch.autograd.Function] | None:
-        channels, is_wider = {self.in_channels, self.out_channels}, self.stride == (2, 2)
-        if is_wider and channels <= {*WIDTHS, 64}:
+        channels = {self.in_channels, self.out_channels}
+        if not channels <= {*WIDTHS}:
+            return None
+        if self.stride == (2, 2):
             return _FusedWeightGradient
-        return _Fused if not is_wider and len(channels) == 1 and channels <= {*WIDTHS} else None
+        return _Fused if len(channels) == 1 and self.kernel_size == (3, 3) else None
 
     def forward(self, x: Tensor) -> Tensor:
         has_even_sides = x.shape[2] % 2 == x.shape[3] % 2 == 0
-        if self.is_fused and self.training and x.dtype == torch.bfloat16 and has_even_sides:
+        if self.is_fused and self.training and x.dtype in PRECISIONS and has_even_sides:
             return self._kernels.apply(x.contiguous(memory_format=torch.channels_last), self.weight)
         return super().forward(x)

@@ -234,6 +234,9 @@ class Norm(nn.BatchNorm2d):
         super().__init__(num_features)
         self.relu = relu
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, relu={self.relu}"
+
     @property
     def is_fusible(self) -> bool:
         """A program holds whole rows, whose number of channels must be a power of two."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtail_experts.learning.fused_conv import Conv3x3
+from longtail_experts.learning.fused_conv import Conv
 from longtail_experts.learning.fused_norm import Norm
 
 WIDTHS = (16, 32, 64)
@@ -33,17 +33,15 @@ def _shortcut(kind: str, in_channels: int, channels: int, stride: int) -> nn.Mod
         return nn.Sequential()
     if kind == "pad":
         return PadShortcut(channels - in_channels)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 1, stride, bias=False), Norm(channels, relu=False)
-    )
+    return nn.Sequential(Conv(in_channels, channels, 1, stride), Norm(channels, relu=False))
 
 
 class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str):
         super().__init__()
-        self.conv1 = Conv3x3(in_channels, channels, stride)
+        self.conv1 = Conv(in_channels, channels, 3, stride)
         self.bn1 = Norm(channels)
-        self.conv2 = Conv3x3(channels, channels)
+        self.conv2 = Conv(channels, channels)
         self.bn2 = Norm(channels)
         self.shortcut = _shortcut(shortcut, in_channels, channels, stride)
 
@@ -55,7 +53,7 @@ class BasicBlock(nn.Module):
 class Backbone(nn.Module):
     def __init__(self, shortcut: str):
         super().__init__()
-        self.conv1 = Conv3x3(3, WIDTHS[0])
+        self.conv1 = Conv(3, WIDTHS[0])
         self.bn1 = Norm(WIDTHS[0])
         in_channels = WIDTHS[0]
         for number, channels in enumerate(WIDTHS, start=1):

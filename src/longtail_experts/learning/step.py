@@ -16,7 +16,6 @@ from longtail_experts.learning.fast_step import (
     CannotRecordError,
     RecordedPasses,
     RecordedSteps,
-    plain_passes,
 )
 from longtail_experts.learning.losses import Objective
 
@@ -246,8 +245,7 @@ def autocast(device: str, precision: str) -> torch.autocast:
 
 def exact_float32() -> AbstractContextManager[None]:
     """Convolutions on a GPU in float32 as it is written, not in TF32's ten bits of mantissa."""
-    benchmark = torch.backends.cudnn.benchmark
-    return torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False)
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 @torch.inference_mode()
@@ -265,7 +263,7 @@ def predict_logits(
     model.eval()
     forward = model if passes is None else functools.partial(passes.take, model)
     logits = []
-    with plain_passes, exact_float32():
+    with exact_float32():
         for images in batches:
             logits.append(forward(images).float())
             on_batch(len(images))
