@@ -19,7 +19,7 @@ ALLOWED = {
     "config": set(),
 }
 # Beside numpy, torch and the standard library; `learning` and `data` run where only these are.
-THIRD_PARTY = {"torch", "torchvision", "numpy", "scipy", "pyarrow", "PIL", "tqdm"}
+THIRD_PARTY = {"torch", "torchvision", "numpy", "scipy", "pyarrow", "PIL", "tqdm", "triton"}
 
 
 def imports(path: Path) -> set[str]:

@@ -8,6 +8,7 @@ import copy
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -18,10 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from longtail_experts.learning import fused as fused_module
-from longtail_experts.learning import fused_conv, fused_norm
-from longtail_experts.learning.fused import fused, fusible, require_same_layer
-from longtail_experts.learning.fused_conv import Conv
-from longtail_experts.learning.fused_norm import Norm
+from longtail_experts.learning import layers
+from longtail_experts.learning.fused import fused, fusible, kernel_of, require_same_layer
+from longtail_experts.learning.layers import Conv, Norm
 from longtail_experts.learning.resnet import build_resnet32
 
 NORMS = [(3, 16, 32), (5, 32, 6), (9, 64, 8)]  # images, channels, side: whole parts and others
@@ -63,7 +63,7 @@ def require_same_norms(device: str, dtype: torch.dtype, tolerance: float) -> Non
 def gradients(module, x, added, dy, with_kernels=False) -> list[torch.Tensor]:
     leaves = [values.clone().requires_grad_() for values in (x, added) if values is not None]
     if with_kernels:
-        module.is_fused = True
+        module.fused = kernel_of(module)
     y = module(*leaves)
     y.backward(dy.to(y.dtype))
     parameters = [parameter.grad for parameter in module.parameters()]
@@ -75,12 +75,11 @@ def require_same_convolutions(device: str, dtype: torch.dtype, tolerance: float)
     for num, c_in, c_out, side, size, stride in CONVS:
         conv = Conv(c_in, c_out, size, stride)
         conv = conv.to(device, memory_format=torch.channels_last)
-        assert conv.is_fusible
         x = torch.randn(num, c_in, side, side, generator=generator)
         dy = torch.randn(num, c_out, side // stride, side // stride, generator=generator)
         x, dy = (v.to(device, dtype, memory_format=torch.channels_last) for v in (x, dy))
         ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
-        y = conv._kernels.apply(ours, conv.weight)
+        y = kernel_of(conv)(ours, conv.weight)
         y.backward(dy)
         weight = conv.weight.detach().to(dtype).double().requires_grad_()
         expected = F.conv2d(theirs, weight, stride=stride, padding=size // 2)
@@ -108,7 +107,7 @@ def interpreted() -> None:
     plain = copy.deepcopy(model)
     with fused(model):
         logits = model(images)
-    assert not any(module.is_fused for module in fusible(model))
+    assert all(module.fused is None for module in fusible(model))
     require_close(logits, plain(images), 1e-4)
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -120,9 +119,11 @@ def interpreted() -> None:
 
 def require_a_wrong_kernel_is_found() -> None:
     """Each is wrong in one of what comes out of it."""
+    from longtail_experts.learning import fused_conv, fused_norm
+
     conv = Conv(16, 16).to(memory_format=torch.channels_last)
     x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    norm, real = Norm(16), fused_norm._Fused
+    norm, real = Norm(16), fused_norm.FusedNorm
 
     def off(result, part=...):
         result = result.clone()
@@ -136,7 +137,7 @@ def require_a_wrong_kernel_is_found() -> None:
         return off(whole(x, weight, flip), 0) if flip else whole(x, weight, flip)
 
     wrong_norm = SimpleNamespace(apply=lambda *arguments: real.apply(*arguments) * 1.02)
-    with mock.patch.object(fused_conv, "PRECISIONS", (torch.float32,)):
+    with mock.patch.object(layers, "PRECISIONS", (torch.float32,)):
         require_same_layer(conv, [x])
         for name, wrong, part in (
             ("_weight_gradient", without_a_corner, "weight"),
@@ -149,7 +150,7 @@ def require_a_wrong_kernel_is_found() -> None:
                 require_same_layer(conv, [x])
     require_same_layer(norm, [x, x])
     with (
-        mock.patch.object(fused_norm, "_Fused", wrong_norm),
+        mock.patch.object(fused_norm, "FusedNorm", wrong_norm),
         pytest.raises(ValueError, match=r"the output of Norm\(16, .*relu=True\) is 0.02 of"),
     ):
         require_same_layer(norm, [x, x])
@@ -159,14 +160,16 @@ def require_a_wrong_kernel_is_found() -> None:
 def require_recorded_steps_take_them() -> None:
     from test_fast_step import NUM_CLASSES, call_again, start, train
 
+    from longtail_experts.learning import fused_norm
+
     def build() -> nn.Module:
         torch.manual_seed(0)
         head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, NUM_CLASSES))
         return nn.Sequential(Conv(3, 16), Norm(16), Conv(16, 16), Norm(16), *head)
 
     plain, recorded = start(build, None), start(build, call_again)
-    taken = mock.Mock(side_effect=fused_norm._Fused.apply)
-    with mock.patch.object(fused_norm, "_Fused", SimpleNamespace(apply=taken)):
+    taken = mock.Mock(side_effect=fused_norm.FusedNorm.apply)
+    with mock.patch.object(fused_norm, "FusedNorm", SimpleNamespace(apply=taken)):
         losses = train(recorded, range(1), lr=0.01)
     assert recorded.path == "graph"
     assert taken.call_count > 2 * 4  # norms, times three to warm up and one to record
@@ -178,7 +181,7 @@ def require_recorded_steps_take_them() -> None:
     fused_module._same.clear()
     broken = start(build, call_again)
     with (
-        mock.patch.object(fused_norm, "_Fused", SimpleNamespace(apply=wrong)),
+        mock.patch.object(fused_norm, "FusedNorm", SimpleNamespace(apply=wrong)),
         pytest.warns(UserWarning, match="kernels are not fused, and slower: no such") as caught,
     ):
         assert train(broken, range(1), lr=0.01) == train(start(build, None), range(1), lr=0.01)
@@ -186,7 +189,7 @@ def require_recorded_steps_take_them() -> None:
     assert broken.path == "graph"
 
 
-@pytest.mark.skipif(fused_conv.triton is None, reason="PyTorch comes without Triton here")
+@pytest.mark.skipif(find_spec("triton") is None, reason="PyTorch comes without Triton here")
 def test_interpreted_kernels_equal_pytorchs_operators():
     subprocess.run(
         [sys.executable, "-c", "import test_fused; test_fused.interpreted()"],

@@ -143,6 +143,9 @@ def test_a_run_cut_off_is_offered_and_reaped(store, arguments):
     busy = Training(store, ["train", "--resume", run_id])
     assert busy.wait() == 2
     assert "of this host is filling it" in busy.output
+    calibration = Training(store, ["calibrate", "--run_id", run_id])
+    assert calibration.wait() == 2
+    assert "of this host is filling it" in calibration.output
     alive = Training(store, ["reap"])
     assert alive.wait() == 0
     assert "no run of this host" in alive.output

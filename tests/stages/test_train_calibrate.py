@@ -25,6 +25,7 @@ from longtail_experts.stages.inputs import (
     state_before_training,
 )
 from longtail_experts.stages.train import Selection
+from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import RunError
 
 
@@ -71,8 +72,8 @@ def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys)
 
     experiment = mlflow.get_experiment_by_name("tests").experiment_id
     (pointer,) = MlflowClient().search_runs([experiment], "tags.stage = 'calibrate'")
-    ours_alone = {k: v for k, v in pointer.data.tags.items() if not k.startswith("mlflow.")}
-    assert ours_alone == {"stage": "calibrate", "source_run_id": run_id}
+    tags = {k: v for k, v in pointer.data.tags.items() if not k.startswith("mlflow.")}
+    assert tags == {"stage": "calibrate", "source_run_id": run_id, **process_tags()}
     assert not pointer.data.metrics
     assert not MlflowClient().list_artifacts(pointer.info.run_id)
 

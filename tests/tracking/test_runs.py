@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
+from longtail_experts.cli import main
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.runs import RunError, StoreError, open_run, start_run
 
@@ -39,6 +40,19 @@ def test_a_run_never_stays_running(store, error, status):
     except (ValueError, KeyboardInterrupt):
         assert error
     assert MlflowClient().get_run(run_id).info.status == status
+
+
+def test_a_run_of_any_stage_is_reaped_once_its_process_is_gone(store, capsys):
+    """Cut off by SIGKILL, which leaves it RUNNING."""
+    with start_run("splits", {"stage": "data"}) as run:
+        assert main(["reap"]) == 0
+        assert "no run of this host" in capsys.readouterr().out
+        run.set_tags({"process_started": "1.00"})  # of another process of this pid
+    MlflowClient().set_terminated(run.run_id, "RUNNING")
+    assert main(["reap"]) == 0
+    out = capsys.readouterr().out
+    assert f"run {run.run_id} (splits): FAILED, 0 points delivered\n" in out  # and no -P resume
+    assert run.status == "FAILED"
 
 
 def test_an_experiment_made_by_mlflow_ui_is_detected(store, monkeypatch):

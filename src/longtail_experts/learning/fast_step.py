@@ -173,16 +173,12 @@ class RecordedSteps:
                 lr, loss = self._lr.zero_(), torch.zeros((), device=device)
                 own = _first_half_twice(batch)
 
-                def run_plain() -> None:
-                    with _rate_in_memory(state.optimizer):
+                def run() -> None:
+                    with kernels(state.model), _rate_in_memory(state.optimizer):
                         loss.copy_(step(state, own, lr))
 
-                def run() -> None:
-                    with kernels(state.model):
-                        run_plain()
-
                 if kernels is fused:
-                    require_same_layers(state.model, run_plain)
+                    require_same_layers(state.model, run)
                 recording = Recording(own, loss, self._recorder(run), step)
                 _fill(own, batch)
                 lr.fill_(CHECK_LR)

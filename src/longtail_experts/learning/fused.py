@@ -4,13 +4,14 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-from longtail_experts.learning.fused_conv import Conv
-from longtail_experts.learning.fused_norm import Norm
+from longtail_experts.learning.layers import Conv, Norm
 
+WIDTHS = (16, 32, 64)  # channels that convolutions have kernels for
 # How far a result may be from that of the same inputs in float64, lengths as in Euclid. bf16
 # rounds a value to 2^-9; a pixel, a tap or a part that is left out is ten times as much away.
 LAYER_APART = 1e-2
@@ -20,9 +21,29 @@ _same: set[tuple] = set()  # kinds of module, and of input, that were found to a
 def fusible(model: nn.Module) -> list[nn.Module]:
     """Modules with kernels of their own that can run where the model is."""
     parameter = next(model.parameters())
-    if not parameter.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not (parameter.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return []
-    return [m for m in model.modules() if isinstance(m, Conv | Norm) and m.is_fusible]
+    if find_spec("triton") is None:  # PyTorch without CUDA, or not on Linux
+        return []
+    return [module for module in model.modules() if kernel_of(module) is not None]
+
+
+def kernel_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    from longtail_experts.learning import fused_conv, fused_norm  # they import Triton
+
+    if isinstance(module, Norm):  # a program holds whole rows: a power of two
+        channels = module.num_features
+        return None if channels > 256 or channels & (channels - 1) else fused_norm.FusedNorm.apply
+    if not isinstance(module, Conv):
+        return None
+    channels = {module.in_channels, module.out_channels}
+    in_order = module.weight.is_contiguous(memory_format=torch.channels_last)
+    if not in_order or not channels <= {*WIDTHS}:
+        return None
+    if module.stride == (2, 2):
+        return fused_conv.FusedWeightGradient.apply
+    same = len(channels) == 1 and module.kernel_size == (3, 3)
+    return fused_conv.FusedConv.apply if same else None
 
 
 @contextmanager
@@ -31,11 +52,11 @@ def fused(model: nn.Module) -> Iterator[None]:
     modules = fusible(model)
     try:
         for module in modules:
-            module.is_fused = True
+            module.fused = kernel_of(module)
         yield
     finally:
         for module in modules:
-            module.is_fused = False
+            module.fused = None
 
 
 def require_same_layers(model: nn.Module, run: Callable[[], None]) -> None:

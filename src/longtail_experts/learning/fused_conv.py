@@ -10,119 +10,114 @@ Triton comes with PyTorch's builds for CUDA on Linux. TRITON_INTERPRET=1 runs al
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor, nn
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # PyTorch without CUDA, or not on Linux
-    triton = None
 
 PIXELS = 128  # of one multiplication
 EACH = 16384  # values of a channel-wide run that one program adds up for the weights' gradient
 SUMMED = 8192  # values of partial sums that one program holds
-WIDTHS = (16, 32, 64)
-PRECISIONS = (torch.bfloat16,)  # of float32, cuDNN's are as exact and faster
 
-if triton is not None:
 
-    @triton.jit
-    def _convolve(
-        x,
-        w,
-        y,
-        num_pixels,
-        stride_in,
-        stride_tap,
-        stride_out,
-        H: tl.constexpr,
-        W: tl.constexpr,
-        C: tl.constexpr,
-        PIXELS: tl.constexpr,
-        FLIP: tl.constexpr,
-    ):
-        """y[n, h, w] = sum over taps of x[n, h + i, w + j] w[tap]; with the taps in reverse order
-        and channels exchanged, the gradient of the input."""
-        pixels = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-        column, row = pixels % W, (pixels // W) % H
+@triton.jit
+def _convolve(
+    x,
+    w,
+    y,
+    num_pixels,
+    stride_in,
+    stride_tap,
+    stride_out,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    PIXELS: tl.constexpr,
+    FLIP: tl.constexpr,
+):
+    """y[n, h, w] = sum over taps of x[n, h + i, w + j] w[tap]; with the taps in reverse order
+    and channels exchanged, the gradient of the input."""
+    pixels = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    column, row = pixels % W, (pixels // W) % H
+    inside = pixels < num_pixels
+    channels = tl.arange(0, C)
+    out = tl.zeros([PIXELS, C], tl.float32)
+    for tap in tl.static_range(9):
+        down, right = tap // 3 - 1, tap % 3 - 1
+        there = inside & (row + down >= 0) & (row + down < H)
+        there = there & (column + right >= 0) & (column + right < W)
+        at = (pixels + down * W + right)[:, None] * C + channels[None, :]
+        values = tl.load(x + at, mask=there[:, None], other=0.0)
+        number = 8 - tap if FLIP else tap
+        at = channels[:, None] * stride_in + channels[None, :] * stride_out
+        weights = tl.load(w + number * stride_tap + at).to(values.dtype)
+        out = tl.dot(values, weights, out, input_precision="ieee")
+    at = pixels[:, None] * C + channels[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _weight_sums(
+    x,
+    dy,
+    partial,
+    num_pixels,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """Of each run of the output's pixels, for the three taps of one row of the filter.
+
+    partial [parts, 3 rows, C out, 3 columns, C in]. The three pixels beside each other that a
+    row of taps sees lie beside each other in memory; the fourth fills up to a power of two.
+    """
+    part, down = tl.program_id(0), tl.program_id(1) - 1
+    channels, wide = tl.arange(0, C_OUT), tl.arange(0, 4 * C_IN)
+    right = wide // C_IN - 1
+    sums = tl.zeros([C_OUT, 4 * C_IN], tl.float32)
+    for begin in range(0, EACH, PIXELS):
+        pixels = part * EACH + begin + tl.arange(0, PIXELS)
         inside = pixels < num_pixels
-        channels = tl.arange(0, C)
-        out = tl.zeros([PIXELS, C], tl.float32)
-        for tap in tl.static_range(9):
-            down, right = tap // 3 - 1, tap % 3 - 1
-            there = inside & (row + down >= 0) & (row + down < H)
-            there = there & (column + right >= 0) & (column + right < W)
-            at = (pixels + down * W + right)[:, None] * C + channels[None, :]
-            values = tl.load(x + at, mask=there[:, None], other=0.0)
-            number = 8 - tap if FLIP else tap
-            at = channels[:, None] * stride_in + channels[None, :] * stride_out
-            weights = tl.load(w + number * stride_tap + at).to(values.dtype)
-            out = tl.dot(values, weights, out, input_precision="ieee")
-        at = pixels[:, None] * C + channels[None, :]
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=inside[:, None])
-
-    @triton.jit
-    def _weight_sums(
-        x,
-        dy,
-        partial,
-        num_pixels,
-        H: tl.constexpr,
-        W: tl.constexpr,
-        C_IN: tl.constexpr,
-        C_OUT: tl.constexpr,
-        STRIDE: tl.constexpr,
-        PIXELS: tl.constexpr,
-        EACH: tl.constexpr,
-    ):
-        """Of each run of the output's pixels, for the three taps of one row of the filter.
-
-        partial [parts, 3 rows, C out, 3 columns, C in]. The three pixels beside each other that a
-        row of taps sees lie beside each other in memory; the fourth fills up to a power of two.
-        """
-        part, down = tl.program_id(0), tl.program_id(1) - 1
-        channels, wide = tl.arange(0, C_OUT), tl.arange(0, 4 * C_IN)
-        right = wide // C_IN - 1
-        sums = tl.zeros([C_OUT, 4 * C_IN], tl.float32)
-        for begin in range(0, EACH, PIXELS):
-            pixels = part * EACH + begin + tl.arange(0, PIXELS)
-            inside = pixels < num_pixels
-            at = pixels[:, None] * C_OUT + channels[None, :]
-            gradient = tl.load(dy + at, mask=inside[:, None], other=0.0)
-            column, row = (pixels % W) * STRIDE, (pixels // W) % H * STRIDE + down
-            there = inside & (row >= 0) & (row < H * STRIDE)
-            across = column[:, None] + right[None, :]
-            there = there[:, None] & (across >= 0) & (across < W * STRIDE) & (right < 2)[None, :]
-            at = (pixels // (W * H) * (H * STRIDE) + row) * (W * STRIDE) + column
-            at = at[:, None] * C_IN + (wide - C_IN)[None, :]
-            values = tl.load(x + at, mask=there, other=0.0)
-            sums = tl.dot(tl.trans(gradient), values, sums, input_precision="ieee")
-        at = ((part * 3 + down + 1) * C_OUT + channels)[:, None] * (3 * C_IN) + wide[None, :]
-        tl.store(partial + at, sums, mask=(wide < 3 * C_IN)[None, :])
-
-    @triton.jit(do_not_specialize=["num_parts"])
-    def _sum_parts(
-        partial,
-        dw,
-        num_parts,
-        PARTS: tl.constexpr,
-        NUM: tl.constexpr,
-        C_IN: tl.constexpr,
-        C_OUT: tl.constexpr,
-    ):
-        """dw [C out, 3 rows, 3 columns, C in] out of all parts."""
-        number = tl.program_id(0) * NUM + tl.arange(0, NUM)
-        parts = tl.arange(0, PARTS)
-        at = parts[:, None] * (9 * C_IN * C_OUT) + number[None, :]
-        is_weight = number < 9 * C_IN * C_OUT
-        mask = (parts < num_parts)[:, None] & is_weight[None, :]
-        sums = tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
-        rest, row = number % (3 * C_IN), number // (3 * C_IN)
-        down, out = row // C_OUT, row % C_OUT
-        tl.store(dw + (out * 3 + down) * (3 * C_IN) + rest, sums, mask=is_weight)
+        at = pixels[:, None] * C_OUT + channels[None, :]
+        gradient = tl.load(dy + at, mask=inside[:, None], other=0.0)
+        column, row = (pixels % W) * STRIDE, (pixels // W) % H * STRIDE + down
+        there = inside & (row >= 0) & (row < H * STRIDE)
+        across = column[:, None] + right[None, :]
+        there = there[:, None] & (across >= 0) & (across < W * STRIDE) & (right < 2)[None, :]
+        at = (pixels // (W * H) * (H * STRIDE) + row) * (W * STRIDE) + column
+        at = at[:, None] * C_IN + (wide - C_IN)[None, :]
+        values = tl.load(x + at, mask=there, other=0.0)
+        sums = tl.dot(tl.trans(gradient), values, sums, input_precision="ieee")
+    at = ((part * 3 + down + 1) * C_OUT + channels)[:, None] * (3 * C_IN) + wide[None, :]
+    tl.store(partial + at, sums, mask=(wide < 3 * C_IN)[None, :])
 
 
-class _Fused(torch.autograd.Function):
+@triton.jit(do_not_specialize=["num_parts"])
+def _sum_parts(
+    partial,
+    dw,
+    num_parts,
+    PARTS: tl.constexpr,
+    NUM: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+):
+    """dw [C out, 3 rows, 3 columns, C in] out of all parts."""
+    number = tl.program_id(0) * NUM + tl.arange(0, NUM)
+    parts = tl.arange(0, PARTS)
+    at = parts[:, None] * (9 * C_IN * C_OUT) + number[None, :]
+    is_weight = number < 9 * C_IN * C_OUT
+    mask = (parts < num_parts)[:, None] & is_weight[None, :]
+    sums = tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
+    rest, row = number % (3 * C_IN), number // (3 * C_IN)
+    down, out = row // C_OUT, row % C_OUT
+    tl.store(dw + (out * 3 + down) * (3 * C_IN) + rest, sums, mask=is_weight)
+
+
+class FusedConv(torch.autograd.Function):
     """Of stride 1 and as many channels out as in."""
 
     @staticmethod
@@ -137,7 +132,7 @@ class _Fused(torch.autograd.Function):
         return _convolved(dy, weight, flip=True), _weight_gradient(x, dy)
 
 
-class _FusedWeightGradient(torch.autograd.Function):
+class FusedWeightGradient(torch.autograd.Function):
     """PyTorch's convolution of stride 2, but for the gradient of its weights."""
 
     @staticmethod
@@ -203,32 +198,3 @@ def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
         partial, dw, num_parts, PARTS=parts, NUM=together, **channels, num_warps=4
     )
     return dw
-
-
-class Conv(nn.Conv2d):
-    """A 1x1 or 3x3 convolution that keeps the size of images or halves it, without bias."""
-
-    is_fused = False
-
-    def __init__(self, in_channels: int, out_channels: int, size: int = 3, stride: int = 1):
-        super().__init__(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
-
-    @property
-    def is_fusible(self) -> bool:
-        in_order = self.weight.is_contiguous(memory_format=torch.channels_last)
-        return triton is not None and in_order and self._kernels is not None
-
-    @property
-    def _kernels(self) -> type[torch.autograd.Function] | None:
-        channels = {self.in_channels, self.out_channels}
-        if not channels <= {*WIDTHS}:
-            return None
-        if self.stride == (2, 2):
-            return _FusedWeightGradient
-        return _Fused if len(channels) == 1 and self.kernel_size == (3, 3) else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        has_even_sides = x.shape[2] % 2 == x.shape[3] % 2 == 0
-        if self.is_fused and self.training and x.dtype in PRECISIONS and has_even_sides:
-            return self._kernels.apply(x.contiguous(memory_format=torch.channels_last), self.weight)
-        return super().forward(x)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtail_experts.learning.fused_conv import Conv
-from longtail_experts.learning.fused_norm import Norm
+from longtail_experts.learning.layers import Conv, Norm
 
 WIDTHS = (16, 32, 64)
 BLOCKS_PER_STAGE = 5

@@ -32,7 +32,8 @@ from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoi
 from longtail_experts.tracking.logits import SplitLogits, is_calibrated, write_logits
 from longtail_experts.tracking.model import log_expert_model
 from longtail_experts.tracking.registry import register
-from longtail_experts.tracking.runs import Run, RunError, open_run
+from longtail_experts.tracking.runs import Run, RunError, claimed, open_run
+from longtail_experts.tracking.stale import require_no_process
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,20 @@ def run(run_id: str, changes: dict[str, str]) -> None:
     """
     resolve(make_config(changes))  # values are checked before the store is opened
     source = open_run(run_id)
-    if is_calibrated(source):
-        with experts.launched_calibration_run(source):
-            print(f"run {run_id} is calibrated already; nothing was changed")
-        return
-    experts.require_trained(source)
-    config = resolve(experts.recorded_config(source).replace(**{"device": "auto"} | changes))
-    data = load_dataset(config)
-    experts.require_same_splits(source, config, data)
-    trained = load_trained(source, config, data)
-    with experts.start_calibration_run(source):
-        calibrate_expert(source, config, data, trained)
+    with claimed(source):
+        if is_calibrated(source):
+            with experts.launched_calibration_run(source):
+                print(f"run {run_id} is calibrated already; nothing was changed")
+            return
+        if source.status == "RUNNING":
+            require_no_process(source)
+        experts.require_trained(source)
+        config = resolve(experts.recorded_config(source).replace(**{"device": "auto"} | changes))
+        data = load_dataset(config)
+        experts.require_same_splits(source, config, data)
+        trained = load_trained(source, config, data)
+        with experts.start_calibration_run(source):
+            calibrate_expert(source, config, data, trained)
     print(f"run {run_id} calibrated")
 
 

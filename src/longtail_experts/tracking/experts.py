@@ -26,7 +26,6 @@ from longtail_experts.tracking import charts, figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.logits import read_logits
-from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import (
     Run,
     RunError,
@@ -70,7 +69,7 @@ def start_expert_run(
     tags |= machine_tags(config)
     if existing is not None:
         tags = tags_of_resumed(existing, config)
-    name, tags = run_name(config, config.loss), {**tags, **process_tags()}
+    name = run_name(config, config.loss)
     opened = start_run(name, tags, parent, existing, system_metrics=True)
     with claimed(existing), opened as run:
         try:
@@ -162,7 +161,7 @@ def start_parent_run(config: Config, existing: Run | None = None) -> Iterator[Ru
     if existing is not None:
         tags = tags_of_resumed(existing, config)
     name = run_name(config, "all experts")
-    opened = start_run(name, {**tags, **process_tags()}, existing=existing)
+    opened = start_run(name, tags, existing=existing)
     with claimed(existing), opened as parent:
         try:
             if existing is None:

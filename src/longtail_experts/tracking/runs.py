@@ -36,6 +36,7 @@ from mlflow.exceptions import MlflowException
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.patience import PatientClient, patience, patiently
+from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.report import plain, with_air
 
 for _noisy in ("mlflow", "alembic"):
@@ -293,7 +294,8 @@ def start_run(
                 run_id=existing and existing.run_id,
                 nested=nested,
                 parent_run_id=parent and parent.run_id,
-                tags=dict(tags),  # at once, so that a run cut off in this moment is seen as ours
+                # At once, so that a run cut off in this moment is seen as ours.
+                tags={**tags, **process_tags()},
                 log_system_metrics=system_metrics and os.environ.get(SYSTEM_METRICS) != "false",
             )
             run = Run(active.info.run_id)

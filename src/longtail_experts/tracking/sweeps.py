@@ -13,7 +13,7 @@ from longtail_experts.tracking.comparison import experiment_id
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
 from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.patience import PatientClient
-from longtail_experts.tracking.processes import is_alive, is_on_this_host, process_tags
+from longtail_experts.tracking.processes import is_alive, is_on_this_host
 from longtail_experts.tracking.runs import (
     Run,
     RunError,
@@ -172,7 +172,7 @@ def start_sweep_run(
     if existing is not None:
         tags["resumed"] = str(int(existing.tags.get("resumed", "0")) + 1)
     name = f"DEMO {name}"[:200] if synthetic else name[:200]
-    return start_run(name, {**tags, **git_tags(), **process_tags()}, existing=existing)
+    return start_run(name, {**tags, **git_tags()}, existing=existing)
 
 
 def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
