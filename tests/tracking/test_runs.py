@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from longtail_experts.cli import main
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.runs import RunError, StoreError, open_run, start_run
+from longtail_experts.tracking.stale import offer_to_resume
 
 
 def test_params_that_the_launcher_has_logged_are_left_alone(store):
@@ -42,13 +43,18 @@ def test_a_run_never_stays_running(store, error, status):
     assert MlflowClient().get_run(run_id).info.status == status
 
 
-def test_a_run_of_any_stage_is_reaped_once_its_process_is_gone(store, capsys):
+@pytest.mark.parametrize("stage", ["data", "train"])  # the latter before its config was written
+def test_a_run_of_any_stage_is_reaped_once_its_process_is_gone(store, stage, capsys, caplog):
     """Cut off by SIGKILL, which leaves it RUNNING."""
-    with start_run("splits", {"stage": "data"}) as run:
+    with start_run("splits", {"stage": stage}) as run:
         assert main(["reap"]) == 0
         assert "no run of this host" in capsys.readouterr().out
         run.set_tags({"process_started": "1.00"})  # of another process of this pid
     MlflowClient().set_terminated(run.run_id, "RUNNING")
+    with start_run("the next", {"stage": "train"}) as next_one:
+        offer_to_resume(next_one)
+    offered = f"run {run.run_id} (splits) was cut off on this host before its first epoch ended: `"
+    assert (offered in caplog.text) == (stage == "train")
     assert main(["reap"]) == 0
     out = capsys.readouterr().out
     assert f"run {run.run_id} (splits): FAILED, 0 points delivered\n" in out  # and no -P resume

@@ -44,13 +44,17 @@ def offer_to_resume(run: Run) -> None:
         epoch = stale.metrics.get("epoch")
         reached = "before its first epoch ended" if epoch is None else f"after epoch {epoch:.0f}"
         log.warning(
-            "run %s (%s) was cut off on this host %s: -P resume=%s goes on with it, "
-            "`mlflow run . -e reap` marks it as FAILED",
+            "run %s (%s) was cut off on this host %s: %s`mlflow run . -e reap` marks it as FAILED",
             stale.run_id,
             stale.name,
             reached,
-            stale.run_id,
+            f"-P resume={stale.run_id} goes on with it, " if can_go_on(stale) else "",
         )
+
+
+def can_go_on(run: Run) -> bool:
+    """Whether a training got as far as to say with which config."""
+    return run.tags.get("stage") in RESUMABLE_STAGES and run.has_artifact("config.yaml")
 
 
 def named_run(run_id: str) -> Run:
@@ -102,6 +106,6 @@ def reap(run: Run) -> str:
         )
     run.client.set_terminated(run.run_id, "FAILED")
     hint = ""
-    if run.tags.get("stage") in RESUMABLE_STAGES:
+    if can_go_on(run):
         hint = f"; -P resume={run.run_id} goes on with it"
     return f"run {run.run_id} ({run.name}): FAILED, {delivered} points delivered{hint}"
