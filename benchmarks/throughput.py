@@ -91,7 +91,15 @@ class PlainLoop:
 
 
 class OurLoop:
-    def __init__(self, data: Dataset, batch_size: int, device: str, precision: str, planned: int):
+    def __init__(
+        self,
+        data: Dataset,
+        batch_size: int,
+        device: str,
+        precision: str,
+        planned: int,
+        fused: bool,
+    ):
         model = build_resnet32(data.num_classes, "projection", 0)
         started = time.perf_counter()
         self.state = start_training(
@@ -103,6 +111,7 @@ class OurLoop:
             precision=precision,
             batch_size=batch_size,
             planned_images=planned,
+            fused=fused,
         )
         self.seconds_to_compile = time.perf_counter() - started
         self.state.model.train()
@@ -196,6 +205,7 @@ def common_options(description: str) -> argparse.ArgumentParser:
         default=FULL_RECIPE,
         help="length of the training that this stands for; 0: one too short to compile for",
     )
+    parser.add_argument("--fused", action="store_true", help="on a GPU: kernels of this project")
     parser.add_argument("--json", action="store_true", help="print JSON objects")
     return parser
 
@@ -203,10 +213,8 @@ def common_options(description: str) -> argparse.ArgumentParser:
 def experts_in_training(
     options: argparse.Namespace, config: Config, data: Dataset, num_experts: int
 ) -> list[OurLoop]:
-    return [
-        OurLoop(data, options.batch_size, config.device, config.precision, options.planned_images)
-        for _ in range(num_experts)
-    ]
+    how = (config.device, config.precision, options.planned_images, options.fused)
+    return [OurLoop(data, options.batch_size, *how) for _ in range(num_experts)]
 
 
 def load(options: argparse.Namespace) -> tuple[Config, Dataset]:

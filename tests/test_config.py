@@ -59,6 +59,7 @@ FULL_RECIPE = {
     "device": "auto",
     "precision": "auto",
     "fast": True,
+    "fused": False,
     "register_as": None,
     "preflight": True,
 }
@@ -122,6 +123,7 @@ def configs(draw) -> Config:
             "device": draw(st.sampled_from(["auto", "cpu", "cuda"])),
             "precision": draw(st.sampled_from(["auto", "fp32", "bf16"])),
             "fast": draw(st.booleans()),
+            "fused": draw(st.booleans()),
             "register_as": None
             if is_literature
             else draw(st.sampled_from([None, "experts", "CIFAR-100 LT v1.0"])),

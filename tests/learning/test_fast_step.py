@@ -93,10 +93,10 @@ def resnet() -> nn.Module:
     return build_resnet32(NUM_CLASSES, "pad", seed=0)
 
 
-def start(build=tiny, make_recorder=call_again, device="cpu", **changes) -> TrainState:
+def start(build=tiny, make_recorder=call_again, device="cpu", fuses=False, **changes) -> TrainState:
     settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "precision": "fp32", **changes}
     state = start_training(build(), **settings, device=device, fast=False)
-    state.recorded = make_recorder and RecordedSteps(make_recorder)
+    state.recorded = make_recorder and RecordedSteps(make_recorder, fuses)
     started.append(state)
     return state
 
@@ -762,11 +762,11 @@ def test_on_a_gpu_resnets_at_once_equal_each_alone():
     load = images("cuda")
 
     def expert(lr: float) -> list[float]:
-        state = start_on_gpu(resnet, "bf16")
+        state = start_on_gpu(resnet, "bf16", fuses=True)
         losses = train(state, range(1), load, lr=lr, precision="bf16")
         with beside_the_others():
             losses += train(state, range(1, 2), load, lr=lr, precision="bf16")
-        assert state.path == "graph"
+        assert state.path == "fused"
         return losses
 
     rates = {"a": 0.02, "b": 0.01, "c": 0.005}
@@ -778,16 +778,18 @@ def test_on_a_gpu_resnets_at_once_equal_each_alone():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("path", ["graph", "fused"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_a_gpu_a_resnet_is_replayed(precision):
+def test_on_a_gpu_a_resnet_is_replayed(precision, path):
     """The first steps; later on, rounding decides which of the activations next to 0 pass."""
     load = images("cuda")
-    plain, graph = start(resnet, None, "cuda"), start_on_gpu(resnet, precision)
+    plain = start(resnet, None, "cuda")
+    graph = start_on_gpu(resnet, precision, fuses=path == "fused")
     expected = train(plain, range(2), load, lr=0.01, precision=precision)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         losses = train(graph, range(2), load, lr=0.01, precision=precision)
-    assert graph.path == "graph"
+    assert graph.path == path
     assert losses == pytest.approx(expected, rel={"fp32": 1e-2, "bf16": 5e-2}[precision])
 
 
@@ -854,5 +856,5 @@ def test_on_a_gpu_fast_false_is_plain():
     assert paths == ["graph", "plain"]
 
 
-def start_on_gpu(build, precision="fp32") -> TrainState:
-    return start(build, fast_step.cuda_graphs, "cuda", precision=precision)
+def start_on_gpu(build, precision="fp32", fuses=False) -> TrainState:
+    return start(build, fast_step.cuda_graphs, "cuda", fuses, precision=precision)

@@ -167,11 +167,12 @@ def require_recorded_steps_take_them() -> None:
         head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, NUM_CLASSES))
         return nn.Sequential(Conv(3, 16), Norm(16), Conv(16, 16), Norm(16), *head)
 
-    plain, recorded = start(build, None), start(build, call_again)
+    plain, recorded = start(build, None), start(build, call_again, fuses=True)
     taken = mock.Mock(side_effect=fused_norm.FusedNorm.apply)
     with mock.patch.object(fused_norm, "FusedNorm", SimpleNamespace(apply=taken)):
         losses = train(recorded, range(1), lr=0.01)
-    assert recorded.path == "graph"
+    assert recorded.path == "fused"
+    assert copy.deepcopy(recorded).recorded._fuses
     assert taken.call_count > 2 * 4  # norms, times three to warm up and one to record
     assert losses == pytest.approx(train(plain, range(1), lr=0.01), rel=1e-3)
 
@@ -181,7 +182,7 @@ def require_recorded_steps_take_them() -> None:
         return 1.02 * real(*arguments)
 
     fused_module._same.clear()
-    broken = start(build, call_again)
+    broken = start(build, call_again, fuses=True)
     with (
         mock.patch.object(fused_norm, "FusedNorm", SimpleNamespace(apply=wrong)),
         pytest.warns(

@@ -63,7 +63,7 @@ BAD_FIELDS = [
     *(("data_dir", value) for value in ("", "a\0b", "\udcff")),
     *(("milestones", v) for v in ("3,2", "0", "-1,4", "a,b", "1,,2", "1.5", LONG, SHELL, "nan")),
     *(("register_as", value) for value in ("a/b", "a:b", "../x", "$(id)", "", LONG, SHELL)),
-    *((name, value) for name in ("fast", "preflight") for value in ("maybe", "2", LONG, SHELL)),
+    *((n, value) for n in ("fast", "fused", "preflight") for value in ("maybe", "2", LONG, SHELL)),
 ]
 
 

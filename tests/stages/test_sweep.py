@@ -139,7 +139,7 @@ OTHER = {
     **{"expert_seed": 5, "shortcut": "pad", "epochs": 3, "batch_size": 64, "lr": 0.1},
     **{"momentum": 0.5, "weight_decay": 0, "milestones": (1,), "lr_decay": 0.5},
     **{"warmup_steps": 0, "validation_every": 1, "early_stopping_patience": 2},
-    **{"checkpoint_every": 3, "precision": "bf16", "fast": False},
+    **{"checkpoint_every": 3, "precision": "bf16", "fast": False, "fused": True},
     **{"data_dir": "elsewhere", "device": "cpu", "register_as": "name", "preflight": False},
 }
 

@@ -105,9 +105,10 @@ class RecordedSteps:
     anew. Values may be loaded into parameters between any two steps.
     """
 
-    def __init__(self, make_recorder: Callable[[], Recorder] = cuda_graphs):
+    def __init__(self, make_recorder: Callable[[], Recorder] = cuda_graphs, fuses: bool = False):
         self._make_recorder = make_recorder
-        self._fuses = True  # until that has failed
+        self._fuses = fuses  # until that has failed
+        self.is_fused = False  # whether the newest recording is
         self._forget()
 
     def _forget(self) -> None:
@@ -116,7 +117,8 @@ class RecordedSteps:
         self._lr: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RecordedSteps":
-        return RecordedSteps(self._make_recorder)  # a copied state lies elsewhere in memory
+        # A copied state lies elsewhere in memory.
+        return RecordedSteps(self._make_recorder, self._fuses)
 
     def take(
         self, state: Any, batch: Batch, lr: float, step: Step, *, kind: tuple, precision: str
@@ -150,14 +152,18 @@ class RecordedSteps:
     def _record(self, state: Any, batch: Batch, step: Step, precision: str) -> Recording:
         """A recording that was compared with the step itself; `state` is left as it was.
 
-        Of the kernels written for this network, where they can run; else of PyTorch's.
+        Of the kernels written for this network, where they are asked for and can run; else of
+        PyTorch's.
         """
         if self._fuses and fusible(state.model):
             try:
-                return self._record_with(fused, state, batch, step, precision)
+                recording = self._record_with(fused, state, batch, step, precision)
+                self.is_fused = True
+                return recording
             except CannotRecordError as error:
                 self._fuses = False
                 warnings.warn(f"kernels are not fused, and slower: {error}", stacklevel=4)
+        self.is_fused = False
         return self._record_with(nullcontext, state, batch, step, precision)
 
     def _record_with(

@@ -50,10 +50,10 @@ class TrainState:
 
     @property
     def path(self) -> str:
-        """Which code takes the steps: "graph", "compiled", or "plain" for one operator of PyTorch
-        after another."""
+        """Which code takes the steps: "fused" for graphs of this project's kernels, "graph" for
+        those of PyTorch's, "compiled", or "plain" for one operator of PyTorch after another."""
         if self.recorded is not None:
-            return "graph"
+            return "fused" if self.recorded.is_fused else "graph"
         return "plain" if self.compiled_batch is None else "compiled"
 
     def forward(self, images: Tensor) -> Tensor:
@@ -88,10 +88,12 @@ def start_training(
     batch_size: int = 0,
     planned_images: int = 0,
     fast: bool = True,
+    fused: bool = False,
 ) -> TrainState:
     """The state before the first step, on `device`.
 
-    With `fast`, steps on a GPU are recorded and replayed; on a CPU, a training in fp32 of
+    With `fast`, steps on a GPU are recorded and replayed, with `fused` those of this project's
+    kernels; on a CPU, a training in fp32 of
     `planned_images` (epochs x images) that is long enough to repay it compiles the step for
     batches of `batch_size`. That depends on these arguments alone, never on a timing, so that two
     runs of one seed take the same steps.
@@ -103,7 +105,7 @@ def start_training(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
-    recorded = RecordedSteps() if replays(device, fast) else None
+    recorded = RecordedSteps(fuses=fused) if replays(device, fast) else None
     passes = recorded_passes(device, fast)
     return TrainState(model, optimizer, batch_size if compiled else None, recorded, passes)
 

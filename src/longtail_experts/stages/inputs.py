@@ -152,6 +152,7 @@ def state_before_training(model: torch.nn.Module, config: Config, data: Dataset)
         batch_size=config.batch_size,
         planned_images=config.epochs * data.size("train"),
         fast=config.fast,
+        fused=config.fused,
     )
 
 

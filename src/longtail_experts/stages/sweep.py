@@ -52,7 +52,7 @@ NOT_OF_THE_DATA = {
     *("augmentation", "cutout", "mixup", "epochs", "batch_size", "lr", "momentum"),
     *("weight_decay", "milestones", "lr_decay", "lr_schedule", "warmup_steps", "warmup_epochs"),
     *("validation_every", "early_stopping_patience", "checkpoint_every", "device", "precision"),
-    *("fast", "preflight", "register_as"),
+    *("fast", "fused", "preflight", "register_as"),
 }
 
 
