@@ -526,6 +526,19 @@ def test_nothing_remains_of_steps_that_are_to_leave_the_state_as_it_was(make_rec
     assert same(state, untouched)
 
 
+def test_what_is_kept_to_be_put_back_holds_no_nodes_that_gather_gradients():
+    """On a GPU such a node knows the stream that it was made on, and a capture on another fails."""
+    state = start(make_recorder=None)
+    parameter = next(state.model.parameters())
+
+    def node():
+        return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+
+    with left_as_it_was(state):
+        node().metadata["seen"] = True  # stays for as long as the node does
+        assert "seen" not in node().metadata
+
+
 def test_how_far_apart_by_hand():
     before = [torch.zeros(2), torch.tensor([5.0])]
     plain = [torch.tensor([3.0, 4.0]), torch.tensor([5.0])]  # a change of length 5, and none

@@ -26,7 +26,7 @@ from longtail_experts.stages.inputs import (
 )
 from longtail_experts.stages.train import Selection
 from longtail_experts.tracking.processes import process_tags
-from longtail_experts.tracking.runs import RunError
+from longtail_experts.tracking.runs import Run, RunError, claimed
 
 
 def only_run() -> mlflow.entities.Run:
@@ -83,6 +83,13 @@ def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys)
     assert main(["calibrate", "--run_id", run_id]) == 0
     assert "calibrated already" in capsys.readouterr().out
     assert (only_run().data.metrics, report.stat().st_mtime_ns) == before
+
+
+def test_calibrate_refuses_what_another_is_calibrating(store, trained_briefly, capfd):
+    run_id = trained_briefly.info.run_id
+    with claimed(Run(run_id)):
+        assert main(["calibrate", "--run_id", run_id]) == 2
+    assert "another process is going on with it already" in capfd.readouterr().err
 
 
 def test_calibrate_refuses_what_it_cannot_use(store, trained_briefly, capfd, tmp_path):
