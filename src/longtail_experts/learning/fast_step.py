@@ -30,7 +30,7 @@ CHECK_LR = 0.01  # small enough for any state to survive a step of the check
 # (two memory orders of one batch on a CPU), 7e-4 and 0.4 in bf16 (fused kernels beside plain ones).
 # An update left out, taken twice or at another rate is 1 away.
 LOSS_APART = {"fp32": 1e-4, "bf16": 1e-2}  # relative
-APART = {"fp32": 0.1, "bf16": 0.7}  # of any tensor, by `how_far_apart`
+APART = {"fp32": 0.05, "bf16": 0.7}  # of any tensor, by `how_far_apart`
 
 # Forward passes of one size before one is recorded. A recording takes six passes and waits for the
 # whole GPU; of images enough to keep that busy, a replay saves no more than the calls: an estimate.
@@ -157,13 +157,10 @@ class RecordedSteps:
         """
         if self._fuses and fusible(state.model):
             try:
-                recording = self._record_with(fused, state, batch, step, precision)
-                self.is_fused = True
-                return recording
+                return self._record_with(fused, state, batch, step, precision)
             except CannotRecordError as error:
                 self._fuses = False
                 warnings.warn(f"kernels are not fused, and slower: {error}", stacklevel=4)
-        self.is_fused = False
         return self._record_with(nullcontext, state, batch, step, precision)
 
     def _record_with(
@@ -191,6 +188,7 @@ class RecordedSteps:
                 require_same_step(state, batch, step, recording, precision)
             except Exception as error:  # whatever a driver, a library or a capture raises
                 raise CannotRecordError(_reason(error)) from error
+        self.is_fused = kernels is fused
         return recording
 
 

@@ -18,17 +18,21 @@ LAYER_APART = 1e-2
 _same: set[tuple] = set()  # kinds of module, and of input, that were found to agree
 
 
-def fusible(model: nn.Module) -> list[nn.Module]:
+Kernel = Callable[..., Tensor]
+
+
+def fusible(model: nn.Module) -> dict[nn.Module, Kernel]:
     """Modules with kernels of their own that can run where the model is."""
     parameter = next(model.parameters())
     if not (parameter.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return []
+        return {}
     if find_spec("triton") is None:  # PyTorch without CUDA, or not on Linux
-        return []
-    return [module for module in model.modules() if kernel_of(module) is not None]
+        return {}
+    kernels = {module: kernel_of(module) for module in model.modules()}
+    return {module: kernel for module, kernel in kernels.items() if kernel is not None}
 
 
-def kernel_of(module: nn.Module) -> Callable[..., Tensor] | None:
+def kernel_of(module: nn.Module) -> Kernel | None:
     from longtail_experts.learning import fused_conv, fused_norm  # they import Triton
 
     if isinstance(module, Norm):  # a program holds whole rows: a power of two
@@ -49,13 +53,13 @@ def kernel_of(module: nn.Module) -> Callable[..., Tensor] | None:
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
     """In here training passes of `model` take these kernels."""
-    modules = fusible(model)
+    kernels = fusible(model)
     try:
-        for module in modules:
-            module.fused = kernel_of(module)
+        for module, kernel in kernels.items():
+            module.fused = kernel
         yield
     finally:
-        for module in modules:
+        for module in kernels:
             module.fused = None
 
 

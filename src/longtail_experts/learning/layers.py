@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+PRECISIONS = (torch.bfloat16,)  # in float32 cuDNN's are as exact, and faster
+
 
 class Conv(nn.Conv2d):
     """A 1x1 or 3x3 convolution that keeps the size of images or halves it, without bias."""
@@ -18,9 +20,6 @@ class Conv(nn.Conv2d):
         if self.fused is not None and self.training and _fits(x):
             return self.fused(x.contiguous(memory_format=torch.channels_last), self.weight)
         return super().forward(x)
-
-
-PRECISIONS = (torch.bfloat16,)  # in float32 cuDNN's are as exact, and faster
 
 
 def _fits(x: Tensor) -> bool:
