@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -539,6 +540,44 @@ def test_what_is_kept_to_be_put_back_holds_no_nodes_that_gather_gradients():
         assert "seen" not in node().metadata
 
 
+def test_fused_kernels_that_fail_leave_no_such_nodes_to_the_recording_without_them(monkeypatch):
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            raise RuntimeError("out of shared memory")
+
+    state = start(make_recorder=lambda: record_and_look, fuses=True)
+    parameter = next(state.model.parameters())
+
+    def node():
+        return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+
+    def fail(module, inputs, output):
+        output = Failing.apply(output)
+        node().metadata["seen"] = True
+        return output
+
+    @contextmanager
+    def failing(model):
+        with model.register_forward_hook(fail):
+            yield
+
+    def record_and_look(run):
+        assert "seen" not in node().metadata
+        return call_again()(run)
+
+    monkeypatch.setattr(fast_step, "fusible", lambda model: {model: None})
+    monkeypatch.setattr(fast_step, "fused", failing)
+    monkeypatch.setattr(fast_step, "require_same_layers", lambda model, run: run())
+    with pytest.warns(UserWarning, match="kernels are not fused, and slower: out of shared"):
+        train(state, range(1))
+    assert state.path == "graph"
+
+
 def test_how_far_apart_by_hand():
     before = [torch.zeros(2), torch.tensor([5.0])]
     plain = [torch.tensor([3.0, 4.0]), torch.tensor([5.0])]  # a change of length 5, and none
@@ -804,6 +843,22 @@ def test_on_a_gpu_a_resnet_is_replayed(precision, path):
         losses = train(graph, range(2), load, lr=0.01, precision=precision)
     assert graph.path == path
     assert losses == pytest.approx(expected, rel={"fp32": 1e-2, "bf16": 5e-2}[precision])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_where_fused_kernels_fail_pytorchs_are_recorded(monkeypatch):
+    """Of one model after another: what one that failed leaves must not hinder the next."""
+    from longtail_experts.learning import fused_conv  # imports Triton
+
+    def fail(*arguments):
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(fused_conv, "_weight_gradient", fail)
+    for _ in range(2):
+        state = start_on_gpu(resnet, "bf16", fuses=True)
+        with pytest.warns(UserWarning, match="kernels are not fused") as caught:
+            train(state, range(1), images("cuda"), lr=0.01, precision="bf16")
+        assert state.path == "graph", [str(warning.message) for warning in caught]
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ step again where CUDA would replay it.
 """
 
 import copy
+import gc
 import threading
 import warnings
 from collections import Counter
@@ -161,6 +162,7 @@ class RecordedSteps:
             except CannotRecordError as error:
                 self._fuses = False
                 warnings.warn(f"kernels are not fused, and slower: {error}", stacklevel=4)
+            gc.collect()  # what failed holds its step's graph, as in `_copies`, and may be a cycle
         return self._record_with(nullcontext, state, batch, step, precision)
 
     def _record_with(

@@ -2,16 +2,16 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-from longtail_experts.learning.layers import Conv, Norm
+from longtail_experts.learning.layers import Conv, Norm, as_autocast_has_it
 
-WIDTHS = (16, 32, 64)  # channels that convolutions have kernels for
+WIDTHS = (16, 32, 64)  # channels that convolutions have kernels for; the first may have 3 going in
 # How far a result may be from that of the same inputs in float64, lengths as in Euclid. bf16
 # rounds a value to 2^-9; a pixel, a tap or a part that is left out is ten times as much away.
 LAYER_APART = 1e-2
@@ -40,14 +40,9 @@ def kernel_of(module: nn.Module) -> Kernel | None:
         return None if channels > 256 or channels & (channels - 1) else fused_norm.FusedNorm.apply
     if not isinstance(module, Conv):
         return None
-    channels = {module.in_channels, module.out_channels}
     in_order = module.weight.is_contiguous(memory_format=torch.channels_last)
-    if not in_order or not channels <= {*WIDTHS}:
-        return None
-    if module.stride == (2, 2):
-        return fused_conv.FusedWeightGradient.apply
-    same = len(channels) == 1 and module.kernel_size == (3, 3)
-    return fused_conv.FusedConv.apply if same else None
+    fits = module.out_channels in WIDTHS and module.in_channels in (3, *WIDTHS)
+    return fused_conv.FusedConv.apply if in_order and fits else None
 
 
 @contextmanager
@@ -63,14 +58,28 @@ def fused(model: nn.Module) -> Iterator[None]:
             module.fused = None
 
 
+Layer = tuple[nn.Module, list[Tensor]]  # and what came to it
+
+
 def require_same_layers(model: nn.Module, run: Callable[[], None]) -> None:
     """ValueError unless the kernels do what PyTorch does, forward and backward, with what comes to
     each kind of module while `run` takes a training step of `model`. Once a process."""
-    seen: dict[tuple, tuple[nn.Module, list[Tensor]]] = {}
+    for kind, (module, inputs) in layers_in(model, run, known=_same).items():
+        require_same_layer(module, inputs)
+        _same.add(kind)
+
+
+def layers_in(
+    model: nn.Module, run: Callable[[], None], known: Collection[tuple] = ()
+) -> dict[tuple, Layer]:
+    """One module that has kernels of each kind, beside the known ones, and what comes to it."""
+    seen: dict[tuple, Layer] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        if isinstance(module, Conv):
+            inputs = tuple(map(as_autocast_has_it, inputs))
         kind = (str(module), *((x.device, x.dtype, x.shape) for x in inputs))
-        if kind not in seen and kind not in _same:
+        if kind not in seen and kind not in known:
             seen[kind] = module, [x.detach().clone() for x in inputs]
 
     hooks = [module.register_forward_hook(note) for module in fusible(model)]
@@ -79,23 +88,12 @@ def require_same_layers(model: nn.Module, run: Callable[[], None]) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    for kind, (module, inputs) in seen.items():
-        require_same_layer(module, inputs)
-        _same.add(kind)
+    return seen
 
 
 def require_same_layer(module: nn.Module, inputs: list[Tensor]) -> None:
     """`require_same_layers` of one module, which is left as it is."""
-    trial, exact = copy.deepcopy(module), copy.deepcopy(module)
-    if isinstance(exact, Conv):  # autocast rounds its weights, as the kernels do
-        exact.weight.data = exact.weight.data.to(inputs[0].dtype)
-    random = torch.Generator(inputs[0].device).manual_seed(0)
-    with fused(trial):
-        found = _results(trial, inputs, random)
-    expected = _results(exact.double(), [x.double() for x in inputs], random.manual_seed(0))
-    for name, values in expected.items():
-        ours, theirs = found[name].double(), values.double()
-        apart = float((ours - theirs).norm() / (theirs.norm() + 1e-12))
+    for name, apart in how_far_from_float64(module, inputs, fused).items():
         if not apart <= LAYER_APART:
             raise ValueError(
                 f"{name} of {module} is {apart:.2g} of its length away from PyTorch's (at most "
@@ -103,16 +101,41 @@ def require_same_layer(module: nn.Module, inputs: list[Tensor]) -> None:
             )
 
 
+def how_far_from_float64(
+    module: nn.Module,
+    inputs: list[Tensor],
+    kernels: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+) -> dict[str, float]:
+    """Of all that comes out of a training pass of the module, forward and backward: how far it is
+    from that of the same inputs in float64, as a share of its length. PyTorch's, or that of
+    `kernels`."""
+    trial, exact = copy.deepcopy(module), copy.deepcopy(module)
+    if isinstance(exact, Conv):  # autocast rounds its weights, as the kernels do
+        exact.weight.data = exact.weight.data.to(inputs[0].dtype)
+    random = torch.Generator(inputs[0].device).manual_seed(0)
+    with kernels(trial):
+        found = _results(trial, inputs, random)
+    expected = _results(exact.double(), [x.double() for x in inputs], random.manual_seed(0))
+    return {
+        name: float((found[name].double() - values).norm() / (values.double().norm() + 1e-12))
+        for name, values in expected.items()
+    }
+
+
 def _results(module: nn.Module, inputs: list[Tensor], random: torch.Generator) -> dict[str, Tensor]:
     """Output, and the gradients for a random one of it; statistics as they are then."""
     leaves = [x.clone().requires_grad_() for x in inputs]
-    with torch.autocast(leaves[0].device.type, enabled=False):
+    dtype = inputs[0].dtype
+    with torch.autocast(leaves[0].device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = module.train()(*leaves)
-        gradient = torch.randn(out.shape, generator=random, device=out.device)
+        outputs = out if isinstance(out, tuple) else (out,)
+        gradients = [torch.randn(y.shape, generator=random, device=y.device) for y in outputs]
         # The same values for both, in the memory order that the next layer's would have.
-        gradient = gradient.to(inputs[0].dtype, memory_format=torch.channels_last).to(out.dtype)
-        out.backward(gradient)
-    found = {"the output": out.detach()}
+        order = {"dtype": dtype, "memory_format": torch.channels_last}
+        torch.autograd.backward(
+            outputs, [dy.to(**order).to(y.dtype) for dy, y in zip(gradients, outputs, strict=True)]
+        )
+    found = {"the output": outputs[0].detach()}
     found |= {f"the gradient of input {i}": x.grad for i, x in enumerate(leaves)}
     found |= {f"the gradient of {name}": p.grad for name, p in module.named_parameters()}
     return found | {name: x.detach().clone() for name, x in module.named_buffers()}

@@ -1,22 +1,60 @@
 # ruff: noqa: N803  (Triton's constants are written large)
 """Convolutions of few channels, written in Triton for GPUs: forward, and both gradients.
 
-What cuDNN chooses for 16 and 32 channels goes over memory many times (benchmarks/README.md). Here
-a program holds a run of pixels with all their channels, multiplies it with one tap of the filter
+What cuDNN chooses for 3 to 64 channels goes over memory many times (benchmarks/README.md). Here a
+program holds a run of pixels with all their channels, multiplies it with one tap of the filter
 after another and adds up in float32. Weights are rounded to bf16 where they are read, as autocast
 does; their gradient is float32, summed in a fixed order: the same input gives the same bits.
 
-Triton comes with PyTorch's builds for CUDA on Linux. TRITON_INTERPRET=1 runs all of this on a CPU.
+Tensors are in channels-last memory: an image is rows of pixels of channels, a filter
+[C out, taps, C in]. Triton comes with PyTorch's builds for CUDA on Linux. TRITON_INTERPRET=1 runs
+all of this on a CPU.
 """
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
-PIXELS = 128  # of one multiplication
-EACH = 16384  # values of a channel-wide run that one program adds up for the weights' gradient
+TILE = 4096  # values that a program multiplies with a tap at a time
+EACH = 16384  # values of the output's gradient that one program sums up for the weights' gradient
+RUN = 64  # pixels of them at a time
+
+_beside: dict[int, torch.cuda.Stream] = {}  # by the stream that they run beside
 SUMMED = 8192  # values of partial sums that one program holds
+
+
+@triton.jit
+def _patch(
+    x,
+    pixels,
+    inside,
+    first,
+    NUM: tl.constexpr,
+    WIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """[pixels, WIDE]: what NUM taps of the filter from `first` on see, a tap C values.
+
+    pixels are those of the output, H x W an image; zero beyond the edges, and behind the taps.
+    """
+    wide = tl.arange(0, WIDE)
+    tap = first + wide // C
+    down, right = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
+    row = (pixels // W % H * STRIDE)[:, None] + down[None, :]
+    column = (pixels % W * STRIDE)[:, None] + right[None, :]
+    there = inside[:, None] & (wide < NUM * C)[None, :]
+    there = there & (row >= 0) & (row < H * STRIDE) & (column >= 0) & (column < W * STRIDE)
+    image = (pixels // (W * H) * (H * W * STRIDE * STRIDE))[:, None]
+    at = (image + row * (W * STRIDE) + column) * C + (wide % C)[None, :]
+    return tl.load(x + at, mask=there, other=0.0)
 
 
 @triton.jit
@@ -25,34 +63,71 @@ def _convolve(
     w,
     y,
     num_pixels,
-    stride_in,
-    stride_tap,
-    stride_out,
     H: tl.constexpr,
     W: tl.constexpr,
-    C: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
     PIXELS: tl.constexpr,
-    FLIP: tl.constexpr,
+    NUM: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """y[n, h, w] = sum over taps of x[n, h + i, w + j] w[tap]; with the taps in reverse order
-    and channels exchanged, the gradient of the input."""
+    """y[n, h, w] = sum over taps of x[n, h STRIDE + i, w STRIDE + j] w[tap], NUM taps at a time."""
     pixels = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    column, row = pixels % W, (pixels // W) % H
     inside = pixels < num_pixels
-    channels = tl.arange(0, C)
-    out = tl.zeros([PIXELS, C], tl.float32)
-    for tap in tl.static_range(9):
-        down, right = tap // 3 - 1, tap % 3 - 1
-        there = inside & (row + down >= 0) & (row + down < H)
-        there = there & (column + right >= 0) & (column + right < W)
-        at = (pixels + down * W + right)[:, None] * C + channels[None, :]
-        values = tl.load(x + at, mask=there[:, None], other=0.0)
-        number = 8 - tap if FLIP else tap
-        at = channels[:, None] * stride_in + channels[None, :] * stride_out
-        weights = tl.load(w + number * stride_tap + at).to(values.dtype)
-        out = tl.dot(values, weights, out, input_precision="ieee")
-    at = pixels[:, None] * C + channels[None, :]
+    channels, wide = tl.arange(0, C_OUT), tl.arange(0, WIDE)
+    out = tl.zeros([PIXELS, C_OUT], tl.float32)
+    for first in tl.static_range(0, SIZE * SIZE, NUM):
+        values = _patch(x, pixels, inside, first, NUM, WIDE, H, W, C_IN, SIZE, STRIDE)
+        at = channels[None, :] * (SIZE * SIZE * C_IN) + first * C_IN + wide[:, None]
+        weights = tl.load(w + at, mask=(wide < NUM * C_IN)[:, None], other=0.0)
+        out = tl.dot(values, weights.to(values.dtype), out, input_precision="ieee")
+    at = pixels[:, None] * C_OUT + channels[None, :]
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _input_gradients(
+    dy,
+    w,
+    other,
+    dx,
+    num_pixels,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ADDS: tl.constexpr,
+):
+    """dx[n, h, w] = sum over taps of dy[n, (h - i) / STRIDE, (w - j) / STRIDE] w[tap]^T, where
+    that is a pixel, plus `other`. H and W are the input's; WIDE is C_IN, or more."""
+    pixels = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    inside = pixels < num_pixels
+    row, column = pixels // W % H + SIZE // 2, pixels % W + SIZE // 2
+    image = pixels // (W * H) * (H * W // (STRIDE * STRIDE))
+    out_channels, in_channels = tl.arange(0, C_OUT), tl.arange(0, WIDE)
+    is_channel = (in_channels < C_IN)[None, :]
+    out = tl.zeros([PIXELS, WIDE], tl.float32)
+    for tap in tl.static_range(SIZE * SIZE):
+        down, right = row - tap // SIZE, column - tap % SIZE
+        there = inside & (down >= 0) & (down < H) & (right >= 0) & (right < W)
+        there = there & (down % STRIDE == 0) & (right % STRIDE == 0)
+        at = image + down // STRIDE * (W // STRIDE) + right // STRIDE
+        at = at[:, None] * C_OUT + out_channels[None, :]
+        values = tl.load(dy + at, mask=there[:, None], other=0.0)
+        at = (out_channels[:, None] * (SIZE * SIZE) + tap) * C_IN + in_channels[None, :]
+        weights = tl.load(w + at, mask=is_channel, other=0.0).to(values.dtype)
+        out = tl.dot(values, weights, out, input_precision="ieee")
+    at = pixels[:, None] * C_IN + in_channels[None, :]
+    mask = inside[:, None] & is_channel
+    if ADDS:
+        out += tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -65,136 +140,154 @@ def _weight_sums(
     W: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
+    SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     PIXELS: tl.constexpr,
+    NUM: tl.constexpr,
+    WIDE: tl.constexpr,
     EACH: tl.constexpr,
 ):
-    """Of each run of the output's pixels, for the three taps of one row of the filter.
-
-    partial [parts, 3 rows, C out, 3 columns, C in]. The three pixels beside each other that a
-    row of taps sees lie beside each other in memory; the fourth fills up to a power of two.
-    """
-    part, down = tl.program_id(0), tl.program_id(1) - 1
-    channels, wide = tl.arange(0, C_OUT), tl.arange(0, 4 * C_IN)
-    right = wide // C_IN - 1
-    sums = tl.zeros([C_OUT, 4 * C_IN], tl.float32)
+    """Of each run of the output's pixels, for NUM taps: partial [parts, C out, taps, C in]."""
+    part, first = tl.program_id(0), tl.program_id(1) * NUM
+    channels, wide = tl.arange(0, C_OUT), tl.arange(0, WIDE)
+    sums = tl.zeros([WIDE, C_OUT], tl.float32)
     for begin in range(0, EACH, PIXELS):
         pixels = part * EACH + begin + tl.arange(0, PIXELS)
         inside = pixels < num_pixels
         at = pixels[:, None] * C_OUT + channels[None, :]
         gradient = tl.load(dy + at, mask=inside[:, None], other=0.0)
-        column, row = (pixels % W) * STRIDE, (pixels // W) % H * STRIDE + down
-        there = inside & (row >= 0) & (row < H * STRIDE)
-        across = column[:, None] + right[None, :]
-        there = there[:, None] & (across >= 0) & (across < W * STRIDE) & (right < 2)[None, :]
-        at = (pixels // (W * H) * (H * STRIDE) + row) * (W * STRIDE) + column
-        at = at[:, None] * C_IN + (wide - C_IN)[None, :]
-        values = tl.load(x + at, mask=there, other=0.0)
-        sums = tl.dot(tl.trans(gradient), values, sums, input_precision="ieee")
-    at = ((part * 3 + down + 1) * C_OUT + channels)[:, None] * (3 * C_IN) + wide[None, :]
-    tl.store(partial + at, sums, mask=(wide < 3 * C_IN)[None, :])
+        values = _patch(x, pixels, inside, first, NUM, WIDE, H, W, C_IN, SIZE, STRIDE)
+        sums = tl.dot(tl.trans(values), gradient, sums, input_precision="ieee")
+    at = (part * C_OUT + channels)[None, :] * (SIZE * SIZE * C_IN) + first * C_IN + wide[:, None]
+    tl.store(partial + at, sums, mask=(wide < NUM * C_IN)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_parts"])
-def _sum_parts(
-    partial,
-    dw,
-    num_parts,
-    PARTS: tl.constexpr,
-    NUM: tl.constexpr,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-):
-    """dw [C out, 3 rows, 3 columns, C in] out of all parts."""
-    number = tl.program_id(0) * NUM + tl.arange(0, NUM)
-    parts = tl.arange(0, PARTS)
-    at = parts[:, None] * (9 * C_IN * C_OUT) + number[None, :]
-    is_weight = number < 9 * C_IN * C_OUT
+@triton.jit(do_not_specialize=["num_parts"])  # one compilation for all sizes of batch
+def _sum_parts(partial, dw, num_weights, num_parts, PARTS: tl.constexpr, TOGETHER: tl.constexpr):
+    number = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
+    parts, is_weight = tl.arange(0, PARTS), number < num_weights
+    at = parts[:, None] * num_weights + number[None, :]
     mask = (parts < num_parts)[:, None] & is_weight[None, :]
     sums = tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
-    rest, row = number % (3 * C_IN), number // (3 * C_IN)
-    down, out = row // C_OUT, row % C_OUT
-    tl.store(dw + (out * 3 + down) * (3 * C_IN) + rest, sums, mask=is_weight)
+    tl.store(dw + number, sums, mask=is_weight)
 
 
 class FusedConv(torch.autograd.Function):
-    """Of stride 1 and as many channels out as in."""
+    """Of a 1x1 or 3x3 filter, padded to keep the size of images, or to halve it with stride 2."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, stride, passes):
         ctx.save_for_backward(x, weight)
-        return _convolved(x, weight)
+        ctx.stride = stride
+        y = _convolved(x, weight, stride)
+        return (y, x.view_as(x)) if passes else y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, dpassed=None):
         x, weight = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        return _convolved(dy, weight, flip=True), _weight_gradient(x, dy)
-
-
-class FusedWeightGradient(torch.autograd.Function):
-    """PyTorch's convolution of stride 2, but for the gradient of its weights."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        rounded = weight.to(x.dtype)
-        ctx.save_for_backward(x, weight, rounded)
-        return nn.functional.conv2d(x, rounded, stride=2, padding=weight.shape[2] // 2)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, rounded = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        around = [weight.shape[2] // 2] * 2
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            *(dy, x, rounded, None, [2, 2], around, [1, 1], False, [0, 0], 1),
-            output_mask=[True, False, False],
+        dy, dpassed = (
+            None if values is None else values.contiguous(memory_format=torch.channels_last)
+            for values in (dy, dpassed)
         )
-        dw = _weight_gradient(x, dy)
-        return dx, dw if weight.shape[2] == 3 else dw[:, :, 1:2, 1:2].contiguous()  # middle tap
+        with _another_stream(x.device) as beside:
+            with beside:  # neither gradient fills the GPU alone
+                dw = _weight_gradient(x, weight, dy, ctx.stride)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = _input_gradient(x, weight, dy, ctx.stride, dpassed)
+        return dx, dw, None, None
 
 
-def _convolved(x: Tensor, weight: Tensor, flip: bool = False) -> Tensor:
-    num, channels, height, width = x.shape
-    stride_out, stride_in, _, stride_tap = weight.stride()
-    if flip:
-        stride_out, stride_in = stride_in, stride_out
-    y, num_pixels = torch.empty_like(x), num * height * width
-    _convolve[(triton.cdiv(num_pixels, PIXELS),)](
-        *(x, weight, y, num_pixels, stride_in, stride_tap, stride_out),
-        H=height,
-        W=width,
-        C=channels,
-        PIXELS=PIXELS,
-        FLIP=flip,
-        num_warps=4,
+def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    num, _, height, width = x.shape
+    shape = {"H": height // stride, "W": width // stride, **_filter(weight), "STRIDE": stride}
+    y = torch.empty(
+        (num, shape["C_OUT"], shape["H"], shape["W"]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    num_pixels, pixels = num * shape["H"] * shape["W"], TILE // shape["C_OUT"]
+    _convolve[(triton.cdiv(num_pixels, pixels),)](
+        *(x, weight, y, num_pixels),
+        **shape,
+        PIXELS=pixels,
+        **_taps(weight, 1),
+        num_warps=_warps(pixels),
     )
     return y
 
 
-def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
-    """float32 [C out, C in, 3, 3]."""
-    num, c_out, height, width = dy.shape
-    num_pixels, each = num * height * width, EACH // c_out
-    c_in, num_parts = x.shape[1], triton.cdiv(num_pixels, each)
-    partial = x.new_empty((num_parts, 9 * c_in * c_out), dtype=torch.float32)
-    dw = x.new_empty((c_out, 3, 3, c_in), dtype=torch.float32).permute(0, 3, 1, 2)
-    channels = {"C_IN": c_in, "C_OUT": c_out}
-    is_large = max(channels.values()) > 32
-    _weight_sums[(num_parts, 3)](
+def _input_gradient(
+    x: Tensor, weight: Tensor, dy: Tensor, stride: int, other: Tensor | None
+) -> Tensor:
+    num, channels, height, width = x.shape
+    wide = max(16, channels)
+    dx, num_pixels, pixels = torch.empty_like(x), num * height * width, TILE // wide
+    _input_gradients[(triton.cdiv(num_pixels, pixels),)](
+        *(dy, weight, dx if other is None else other, dx, num_pixels),
+        **{"H": height, "W": width, **_filter(weight), "STRIDE": stride},
+        PIXELS=pixels,
+        WIDE=wide,
+        ADDS=other is not None,
+        num_warps=_warps(pixels),
+    )
+    return dx
+
+
+def _weight_gradient(x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> Tensor:
+    """float32, in the weight's memory order."""
+    num, channels, height, width = dy.shape
+    num_pixels, each = num * height * width, EACH // channels
+    num_parts, num_weights = triton.cdiv(num_pixels, each), weight.numel()
+    partial = x.new_empty((num_parts, num_weights), dtype=torch.float32)
+    dw = torch.empty_like(weight)  # keeps channels last
+    taps = _taps(weight, weight.shape[2])
+    _weight_sums[(num_parts, triton.cdiv(weight.shape[2] ** 2, taps["NUM"]))](
         *(x, dy, partial, num_pixels),
-        H=height,
-        W=width,
-        STRIDE=x.shape[3] // width,
-        PIXELS=PIXELS // 2 if is_large else PIXELS,
+        **{"H": height, "W": width, **_filter(weight), "STRIDE": stride},
+        **taps,
+        PIXELS=RUN,
         EACH=each,
-        **channels,
-        num_warps=8 if is_large else 4,
-        num_stages=2 if is_large else 3,
+        num_warps=4,
+        num_stages=2 if taps["WIDE"] > 128 else 3,  # for shared memory of less than 100 kB
     )
     parts = triton.next_power_of_2(num_parts)
     together = max(16, SUMMED // parts)
-    _sum_parts[(triton.cdiv(dw.numel(), together),)](
-        partial, dw, num_parts, PARTS=parts, NUM=together, **channels, num_warps=4
+    _sum_parts[(triton.cdiv(num_weights, together),)](
+        *(partial, dw, num_weights, num_parts), PARTS=parts, TOGETHER=together, num_warps=4
     )
     return dw
+
+
+@contextmanager
+def _another_stream(device: torch.device) -> Iterator[AbstractContextManager]:
+    """A stream that begins with what has been asked of the current one, which waits for it at the
+    end."""
+    if device.type != "cuda":
+        yield nullcontext()
+        return
+    ours = torch.cuda.current_stream(device)
+    if ours.cuda_stream not in _beside:
+        _beside[ours.cuda_stream] = torch.cuda.Stream(device)
+    theirs = _beside[ours.cuda_stream]
+    theirs.wait_stream(ours)
+    yield torch.cuda.stream(theirs)
+    ours.wait_stream(theirs)
+
+
+def _filter(weight: Tensor) -> dict[str, int]:
+    out_channels, in_channels, size, _ = weight.shape
+    return {"C_IN": in_channels, "C_OUT": out_channels, "SIZE": size}
+
+
+def _taps(weight: Tensor, together: int) -> dict[str, int]:
+    """How many taps a multiplication takes: all of them for less than 16 channels, which would
+    not fill it; and how many values of a pixel they see, rounded up to a power of two."""
+    _, in_channels, size, _ = weight.shape
+    num = size**2 if in_channels < 16 else together
+    return {"NUM": num, "WIDE": triton.next_power_of_2(num * in_channels)}
+
+
+def _warps(pixels: int) -> int:
+    return 8 if pixels > 64 else 4

@@ -1,6 +1,7 @@
 """Convolution, and batch norm with what follows it: PyTorch's, or other kernels for training."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,21 +10,43 @@ PRECISIONS = (torch.bfloat16,)  # in float32 cuDNN's are as exact, and faster
 
 
 class Conv(nn.Conv2d):
-    """A 1x1 or 3x3 convolution that keeps the size of images or halves it, without bias."""
+    """A 1x1 or 3x3 convolution that keeps the size of images or halves it, without bias.
 
-    fused: Callable[..., Tensor] | None = None  # takes training passes in bf16, where there is one
+    With `passes` it returns its input as well, for another branch of a block: so that the gradients
+    of both can be added where this one's is computed.
+    """
 
-    def __init__(self, in_channels: int, out_channels: int, size: int = 3, stride: int = 1):
+    fused: Callable[..., Any] | None = None  # takes training passes in bf16, where there is one
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int = 3,
+        stride: int = 1,
+        passes: bool = False,
+    ):
         super().__init__(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
+        self.passes = passes
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fused is not None and self.training and _fits(x):
-            return self.fused(x.contiguous(memory_format=torch.channels_last), self.weight)
-        return super().forward(x)
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, passes={self.passes}"
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.fused is not None and self.training:
+            x = as_autocast_has_it(x)
+            if x.dtype in PRECISIONS and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+                x = x.contiguous(memory_format=torch.channels_last)
+                return self.fused(x, self.weight, self.stride[0], self.passes)
+        out = super().forward(x)
+        return (out, x) if self.passes else out
 
 
-def _fits(x: Tensor) -> bool:
-    return x.dtype in PRECISIONS and x.shape[2] % 2 == x.shape[3] % 2 == 0
+def as_autocast_has_it(x: Tensor) -> Tensor:
+    """What a convolution gets of x."""
+    device = x.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if enabled else x
 
 
 class Norm(nn.BatchNorm2d):

@@ -38,15 +38,15 @@ def _shortcut(kind: str, in_channels: int, channels: int, stride: int) -> nn.Mod
 class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str):
         super().__init__()
-        self.conv1 = Conv(in_channels, channels, 3, stride)
+        self.conv1 = Conv(in_channels, channels, 3, stride, passes=True)
         self.bn1 = Norm(channels)
         self.conv2 = Conv(channels, channels)
         self.bn2 = Norm(channels)
         self.shortcut = _shortcut(shortcut, in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv2(self.bn1(self.conv1(x)))
-        return self.bn2(out, self.shortcut(x))
+        out, x = self.conv1(x)
+        return self.bn2(self.conv2(self.bn1(out)), self.shortcut(x))
 
 
 class Backbone(nn.Module):

@@ -1,0 +1,166 @@
+"""Whether experts that this project's kernels train on a GPU are those that PyTorch's would.
+
+    python benchmarks/agreement.py --data_dir FOLDER --seeds 4 --epochs 32
+
+First what one step brings to each kind of layer, in bf16: how far the kernels' results, and
+PyTorch's own, are from float64's, as shares of their length. Then training: every loss with every
+seed, once with `fused` and once without, the three losses at the same time as `main -P loss=all`
+has them; the recipe is that of `cifar100_lt`, its milestones moved in proportion to the epochs.
+What counts is balanced accuracy on all 10,000 test images. Two runs of a seed share first weights,
+order and augmentation, but rounding parts them soon: differences are those of independent runs.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from functools import partial
+from itertools import chain
+
+import torch
+
+from longtail_experts.config import LOSS_NAMES, Config, load_config
+from longtail_experts.data.batches import batches_of, draw_epoch, load_batch, pad
+from longtail_experts.data.dataset import Dataset
+from longtail_experts.learning.at_once import at_once, beside_the_others
+from longtail_experts.learning.fused import fused, how_far_from_float64, layers_in
+from longtail_experts.learning.step import autocast, train_epoch
+from longtail_experts.stages.calibrate import balanced_accuracy_of
+from longtail_experts.stages.inputs import (
+    build_network,
+    for_one_expert,
+    load_dataset,
+    objective_at,
+    resolve,
+    schedule_of,
+    state_before_training,
+    steps_an_epoch,
+)
+
+RECIPE = "cifar100_lt"
+Found = dict[str, float | str]
+
+
+def config_of(options: argparse.Namespace, seed: int, is_fused: bool) -> Config:
+    recipe = load_config(RECIPE, {})
+    milestones = [m * options.epochs // recipe.epochs for m in recipe.milestones]
+    changes = {"data_dir": options.data_dir, "seed": seed, "fused": is_fused}
+    if options.data_dir is None:
+        changes["source"] = "synthetic"
+    return resolve(recipe.replace(epochs=options.epochs, milestones=milestones, **changes))
+
+
+def layers_apart(config: Config, data: Dataset) -> Iterable[Found]:
+    """A row for each kind of layer and each of its results."""
+    config = for_one_expert(config, "ce")
+    state = state_before_training(build_network(config, data), config, data)
+    draws = draw_epoch(data.size("train"), config.expert_seed, 0, config.device)
+    batch = next(iter(batches_of(draws, config.batch_size)))
+    images, _ = loader_of(config, data)(*batch)
+    state.model.train()
+
+    def run() -> None:
+        with autocast(config.device, config.precision):
+            state.model(images)
+
+    for module, inputs in layers_in(state.model, run).values():
+        theirs = how_far_from_float64(module, inputs)
+        for name, ours in how_far_from_float64(module, inputs, fused).items():
+            yield {
+                "layer": str(module),
+                "shape": str(tuple(inputs[0].shape)),
+                "result": name,
+                "fused": ours,
+                "pytorch": theirs[name],
+            }
+
+
+def loader_of(config: Config, data: Dataset) -> partial:
+    padded = pad(data.pixels("train")).to(config.device)
+    return partial(load_batch, padded, data.targets("train").to(config.device))
+
+
+def reached(config: Config, data: Dataset) -> dict[str, float]:
+    """Balanced accuracy on test_balanced in %, by loss."""
+
+    def train(loss: str) -> float:
+        one = for_one_expert(config, loss)
+        state = state_before_training(build_network(one, data), one, data)
+        load = loader_of(one, data)
+        lr_of = schedule_of(one, steps_an_epoch(one, data))
+
+        def take(epochs: Iterable[int]) -> None:
+            for epoch in epochs:
+                draws = draw_epoch(data.size("train"), one.expert_seed, epoch, one.device)
+                train_epoch(
+                    state,
+                    batches_of(draws, one.batch_size),
+                    objective=objective_at(epoch, one, data),
+                    lr_at=lr_of,
+                    precision=one.precision,
+                    load=load,
+                )
+
+        take(range(1))  # in turn: steps are recorded
+        with beside_the_others():
+            take(range(1, one.epochs))
+        expected = "fused" if one.fused else "graph"
+        if state.path != expected:
+            raise SystemExit(f"error: {loss} took {state.path} steps instead of {expected} ones")
+        return 100 * balanced_accuracy_of(state.model, one, data)
+
+    return at_once({loss: partial(train, loss) for loss in LOSS_NAMES}, config.device)
+
+
+def comparison(fused_: list[float], pytorch: list[float]) -> Found:
+    """Means, and the difference of pairs with its standard error."""
+    differences = [ours - theirs for ours, theirs in zip(fused_, pytorch, strict=True)]
+    return {
+        "n": len(differences),
+        "fused": statistics.mean(fused_),
+        "pytorch": statistics.mean(pytorch),
+        "difference": statistics.mean(differences),
+        "standard_error": statistics.stdev(differences) / math.sqrt(len(differences)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_dir", help="folder with CIFAR-100; without: generated images")
+    parser.add_argument("--seeds", type=int, default=4, help="0 to this (4)")
+    parser.add_argument("--epochs", type=int, default=32, help="of each training (32)")
+    parser.add_argument("--json", action="store_true", help="print JSON objects")
+    options = parser.parse_args()
+    config = config_of(options, 0, True)
+    if config.device != "cuda":
+        raise SystemExit("error: there is no GPU here, and nothing is fused")
+    data = load_dataset(config)
+
+    def show(found: Found) -> None:
+        if options.json:
+            print(json.dumps(found), flush=True)
+        else:
+            print(*(f"{v:.3g}" if isinstance(v, float) else v for v in found.values()), flush=True)
+
+    show({"device": torch.cuda.get_device_name(), "precision": config.precision})
+    for found in layers_apart(config, data):
+        show(found)
+    by_way: dict[bool, dict[str, list[float]]] = {
+        way: {loss: [] for loss in LOSS_NAMES} for way in (True, False)
+    }
+    for seed in range(options.seeds):
+        for way, values in by_way.items():
+            for loss, accuracy in reached(config_of(options, seed, way), data).items():
+                values[loss].append(accuracy)
+                show({"loss": loss, "seed": seed, "fused": str(way), "balanced": accuracy})
+    for loss in LOSS_NAMES:
+        show({"loss": loss, **comparison(by_way[True][loss], by_way[False][loss])})
+    everything = (list(chain.from_iterable(by_way[way].values())) for way in (True, False))
+    show({"loss": "all", **comparison(*everything)})
+
+
+if __name__ == "__main__":
+    main()
