@@ -3,7 +3,8 @@
     python benchmarks/end_to_end.py --config demo
     python benchmarks/end_to_end.py --config cifar100_lt --data_dir FOLDER --epochs 3 --json
 
-Takes the fields of `main`, runs it into a store of its own, and prints wall seconds: `import`,
+Takes the fields of `main`, runs it into a store of its own (which goes with the end, unless
+`--keep FOLDER` names a new folder for it), and prints wall seconds: `import`,
 `data` (images and splits), `train` (steps), `validate`, `calibrate` (temperature, its interval,
 test figures), `export` (logits of all splits, the model), and `tracking`: all that is left, so
 that nothing spent on recording is missed. A moment at which several experts do several of these
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,15 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    as_json = "--json" in arguments
+    as_json, place = "--json" in arguments, tempfile.TemporaryDirectory()
+    if "--keep" in arguments:
+        at = arguments.index("--keep")
+        folder = Path(*arguments[at + 1 : at + 2]).absolute()
+        if folder.exists():
+            raise SystemExit(f"error: --keep {folder}: exists already; name a new folder")
+        folder.mkdir(parents=True)
+        place = nullcontext(folder)
+        del arguments[at : at + 2]
     arguments = [os.path.abspath(a) if os.path.exists(a) else a for a in arguments if a != "--json"]
     spans: dict[str, list[Span]] = defaultdict(list)
     started = time.perf_counter()
@@ -89,7 +99,7 @@ def main(arguments: list[str]) -> int:
         for module, name in functions:
             plain = getattr(modules[module], name)
             setattr(modules[module], name, timed(plain, spans[bucket]))
-    with tempfile.TemporaryDirectory() as folder:
+    with place as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder) / 'mlflow.db'}"
         os.environ.setdefault("LONGTAIL_CACHE_DIR", os.path.abspath(".cache"))
         home = os.getcwd()
