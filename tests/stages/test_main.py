@@ -20,9 +20,9 @@ from sklearn.metrics import balanced_accuracy_score
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
 from longtail_experts.config import Config, make_config
-from longtail_experts.stages import calibrate as calibrate_stage
 from longtail_experts.stages import main as main_stage
 from longtail_experts.stages import train as train_stage
+from longtail_experts.tracking import model
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
 STEPS_AN_EPOCH = 8
@@ -239,11 +239,10 @@ def together(monkeypatch):
 
 @pytest.fixture
 def in_epochs_at_an_export(together, monkeypatch):
-    """Whenever a model is exported, which threads are in an epoch. The last expert to begin stays
-    in its second one until the first is about to export."""
+    """Whenever a network is traced, which threads are in an epoch. The last expert to begin stays
+    in its second one until the first is about to have it traced. None of this kind was before."""
     computing, found, about_to = set(), [], threading.Event()
-    epoch, wait = train_stage.train_epoch, calibrate_stage.wait_until_alone
-    export = calibrate_stage.log_expert_model
+    epoch, wait, export = train_stage.train_epoch, model.wait_until_alone, torch.export.export
 
     def train_epoch(state, *arguments, **settings):
         name = threading.current_thread().name
@@ -259,13 +258,14 @@ def in_epochs_at_an_export(together, monkeypatch):
         about_to.set()
         wait()
 
-    def log_expert_model(*arguments, **settings):
+    def trace(*arguments, **settings):
         found.append(set(computing))
-        export(*arguments, **settings)
+        return export(*arguments, **settings)
 
     monkeypatch.setattr(train_stage, "train_epoch", train_epoch)
-    monkeypatch.setattr(calibrate_stage, "wait_until_alone", wait_until_alone)
-    monkeypatch.setattr(calibrate_stage, "log_expert_model", log_expert_model)
+    monkeypatch.setattr(model, "_programs", {})
+    monkeypatch.setattr(model, "wait_until_alone", wait_until_alone)
+    monkeypatch.setattr(torch.export, "export", trace)
     return found
 
 
@@ -308,7 +308,7 @@ def test_an_expert_that_fails_beside_others_does_not_stop_them(
     status = {run.data.tags.get("expert", "all"): run.info.status for run in all_runs()}
     assert status == dict.fromkeys(LOSSES, "FINISHED") | {"logit_adjust": "FAILED", "all": "FAILED"}
     assert "error: loss=all: logit_adjust failed: loss is not finite" in capfd.readouterr().err
-    assert in_epochs_at_an_export == [set(), set()]
+    assert in_epochs_at_an_export == [set()], "one trace serves both"
 
 
 @pytest.mark.gpu

@@ -11,7 +11,6 @@ from longtail_experts.config import Config, make_config
 from longtail_experts.data.batches import plain_batches
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
-from longtail_experts.learning.at_once import wait_until_alone
 from longtail_experts.learning.calibration import (
     Temperature,
     cross_fit_temperature,
@@ -118,7 +117,6 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     run_.log_metrics({"test_balanced/balanced_accuracy_last": of_last}, trained.last_step)
     experts.record_per_class(run_, data, recalls(logits, data))
     experts.record_figures(run_, data, logits, calibration.of_rows, log_offset, prior)
-    wait_until_alone()
     log_expert_model(
         run_,
         trained.network,
