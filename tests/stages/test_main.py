@@ -20,6 +20,7 @@ from sklearn.metrics import balanced_accuracy_score
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
 from longtail_experts.config import Config, make_config
+from longtail_experts.stages import calibrate as calibrate_stage
 from longtail_experts.stages import main as main_stage
 from longtail_experts.stages import train as train_stage
 from longtail_experts.tracking import model
@@ -239,8 +240,8 @@ def together(monkeypatch):
 
 @pytest.fixture
 def in_epochs_at_an_export(together, monkeypatch):
-    """Whenever a network is traced, which threads are in an epoch. The last expert to begin stays
-    in its second one until the first is about to have it traced. None of this kind was before."""
+    """Whenever a network is traced, which threads are in an epoch. None was ahead, and the last
+    expert to begin stays in its second epoch until the first is about to."""
     computing, found, about_to = set(), [], threading.Event()
     epoch, wait, export = train_stage.train_epoch, model.wait_until_alone, torch.export.export
 
@@ -263,6 +264,7 @@ def in_epochs_at_an_export(together, monkeypatch):
         return export(*arguments, **settings)
 
     monkeypatch.setattr(train_stage, "train_epoch", train_epoch)
+    monkeypatch.setattr(main_stage, "trace_ahead", lambda config, data: None)
     monkeypatch.setattr(model, "_programs", {})
     monkeypatch.setattr(model, "wait_until_alone", wait_until_alone)
     monkeypatch.setattr(torch.export, "export", trace)
@@ -309,6 +311,29 @@ def test_an_expert_that_fails_beside_others_does_not_stop_them(
     assert status == dict.fromkeys(LOSSES, "FINISHED") | {"logit_adjust": "FAILED", "all": "FAILED"}
     assert "error: loss=all: logit_adjust failed: loss is not finite" in capfd.readouterr().err
     assert in_epochs_at_an_export == [set()], "one trace serves both"
+
+
+def test_experts_wait_for_each_other_neither_to_be_traced_nor_with_their_temperatures(
+    store, tiny_arguments, together, monkeypatch
+):
+    """Traced is before the first epoch, once; and no temperature is fitted before all three are."""
+    order, all_fit = [], threading.Barrier(3, timeout=120)  # broken where one waits for its turn
+    fit, export = calibrate_stage.fit_temperature, torch.export.export
+
+    def fit_temperature(*arguments, **settings):
+        all_fit.wait()
+        return fit(*arguments, **settings)
+
+    def trace(*arguments, **settings):
+        order.append("trace")
+        return export(*arguments, **settings)
+
+    together.append(lambda state: order.append("epoch"))
+    monkeypatch.setattr(model, "_programs", {})
+    monkeypatch.setattr(torch.export, "export", trace)
+    monkeypatch.setattr(calibrate_stage, "fit_temperature", fit_temperature)
+    assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "2"]) == 0
+    assert order == ["trace", *["epoch"] * 6]
 
 
 @pytest.mark.gpu
