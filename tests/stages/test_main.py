@@ -1,5 +1,6 @@
 """One finished `main loss=all`: names are a contract, and figures follow from the logits."""
 
+import gc
 import json
 import math
 import os
@@ -334,6 +335,16 @@ def test_experts_wait_for_each_other_neither_to_be_traced_nor_with_their_tempera
     monkeypatch.setattr(calibrate_stage, "fit_temperature", fit_temperature)
     assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "2"]) == 0
     assert order == ["trace", *["epoch"] * 6]
+
+
+def test_while_experts_train_at_the_same_time_nothing_imported_is_looked_through(
+    store, tiny_arguments, together
+):
+    tracked, left_alone = len(gc.get_objects()), []
+    together.append(lambda state: left_alone.append(gc.get_freeze_count()))
+    assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "1"]) == 0
+    assert min(left_alone) > 0.9 * tracked
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.gpu
