@@ -1,5 +1,6 @@
 """One finished `main loss=all`: names are a contract, and figures follow from the logits."""
 
+import gc
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from longtail_experts.config import Config, make_config
 from longtail_experts.stages import calibrate as calibrate_stage
 from longtail_experts.stages import main as main_stage
 from longtail_experts.stages import train as train_stage
+from longtail_experts.tracking import model
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
 STEPS_AN_EPOCH = 8
@@ -239,11 +241,10 @@ def together(monkeypatch):
 
 @pytest.fixture
 def in_epochs_at_an_export(together, monkeypatch):
-    """Whenever a model is exported, which threads are in an epoch. The last expert to begin stays
-    in its second one until the first is about to export."""
+    """Whenever a network is traced, which threads are in an epoch. None was ahead, and the last
+    expert to begin stays in its second epoch until the first is about to."""
     computing, found, about_to = set(), [], threading.Event()
-    epoch, wait = train_stage.train_epoch, calibrate_stage.wait_until_alone
-    export = calibrate_stage.log_expert_model
+    epoch, wait, export = train_stage.train_epoch, model.wait_until_alone, torch.export.export
 
     def train_epoch(state, *arguments, **settings):
         name = threading.current_thread().name
@@ -259,13 +260,15 @@ def in_epochs_at_an_export(together, monkeypatch):
         about_to.set()
         wait()
 
-    def log_expert_model(*arguments, **settings):
+    def trace(*arguments, **settings):
         found.append(set(computing))
-        export(*arguments, **settings)
+        return export(*arguments, **settings)
 
     monkeypatch.setattr(train_stage, "train_epoch", train_epoch)
-    monkeypatch.setattr(calibrate_stage, "wait_until_alone", wait_until_alone)
-    monkeypatch.setattr(calibrate_stage, "log_expert_model", log_expert_model)
+    monkeypatch.setattr(main_stage, "trace_ahead", lambda config, data: None)
+    monkeypatch.setattr(model, "_programs", {})
+    monkeypatch.setattr(model, "wait_until_alone", wait_until_alone)
+    monkeypatch.setattr(torch.export, "export", trace)
     return found
 
 
@@ -308,7 +311,40 @@ def test_an_expert_that_fails_beside_others_does_not_stop_them(
     status = {run.data.tags.get("expert", "all"): run.info.status for run in all_runs()}
     assert status == dict.fromkeys(LOSSES, "FINISHED") | {"logit_adjust": "FAILED", "all": "FAILED"}
     assert "error: loss=all: logit_adjust failed: loss is not finite" in capfd.readouterr().err
-    assert in_epochs_at_an_export == [set(), set()]
+    assert in_epochs_at_an_export == [set()], "one trace serves both"
+
+
+def test_experts_wait_for_each_other_neither_to_be_traced_nor_with_their_temperatures(
+    store, tiny_arguments, together, monkeypatch
+):
+    """Traced is before the first epoch, once; and no temperature is fitted before all three are."""
+    order, all_fit = [], threading.Barrier(3, timeout=120)  # broken where one waits for its turn
+    fit, export = calibrate_stage.fit_temperature, torch.export.export
+
+    def fit_temperature(*arguments, **settings):
+        all_fit.wait()
+        return fit(*arguments, **settings)
+
+    def trace(*arguments, **settings):
+        order.append("trace")
+        return export(*arguments, **settings)
+
+    together.append(lambda state: order.append("epoch"))
+    monkeypatch.setattr(model, "_programs", {})
+    monkeypatch.setattr(torch.export, "export", trace)
+    monkeypatch.setattr(calibrate_stage, "fit_temperature", fit_temperature)
+    assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "2"]) == 0
+    assert order == ["trace", *["epoch"] * 6]
+
+
+def test_while_experts_train_at_the_same_time_nothing_imported_is_looked_through(
+    store, tiny_arguments, together
+):
+    tracked, left_alone = len(gc.get_objects()), []
+    together.append(lambda state: left_alone.append(gc.get_freeze_count()))
+    assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "1"]) == 0
+    assert min(left_alone) > 0.9 * tracked
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.gpu

@@ -12,7 +12,8 @@ from longtail_experts import load_expert_logits
 from longtail_experts.data import batches
 from longtail_experts.data.sources import folder_images
 from longtail_experts.learning.resnet import build_resnet32
-from longtail_experts.tracking.model import CalibratedExpert
+from longtail_experts.tracking import model as model_module
+from longtail_experts.tracking.model import CalibratedExpert, exported
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -49,15 +50,23 @@ def test_pyfunc_gives_both_priors(model_uri, expected):
         model.predict(images[:2], {"prior": "other"})
 
 
-def test_one_expert_after_another_is_exported_where_no_image_was_normalised_before():
-    """As on a GPU, where all images are: what the first export makes must serve the second."""
+def test_what_is_traced_once_serves_every_expert_of_its_architecture(monkeypatch):
+    """Also where no image was normalised before, as on a GPU, where all images are."""
+    monkeypatch.setattr(model_module, "_programs", {})
     batches._mean_and_std.cache_clear()
-    images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
-    offset, prior = torch.zeros(5), torch.full((5,), 0.2)
-    for seed in range(2):
-        expert = CalibratedExpert(build_resnet32(5, "pad", seed), 1.5, offset, prior).eval()
-        program = torch.export.export(expert, (images,)).module()
-        torch.testing.assert_close(program(images), expert(images))
+    heads, random = ("linear", "cosine", "linear", "cosine"), torch.Generator().manual_seed(0)
+    for seed, head in enumerate(heads):
+        images, others = torch.randint(256, (2, 3, 32, 32, 3), dtype=torch.uint8, generator=random)
+        temperature, offset = 0.7 + seed, torch.randn(5, generator=random)
+        prior = torch.rand(5, generator=random)
+        network = build_resnet32(5, "pad", seed, head).eval()
+        expert = CalibratedExpert(network, temperature, offset, prior).eval()
+        program = exported(expert, images)
+        assert torch.equal(program.example_inputs[0][0], images)
+        logits = network(batches.normalise(others))
+        expected = (logits / temperature + (offset - prior.log())).softmax(1)
+        torch.testing.assert_close(program.module()(others), expected)
+    assert len(model_module._programs) == 2
 
 
 def test_pytorch_flavour(model_uri, expected):

@@ -12,10 +12,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from longtail_experts.cli import main
 from longtail_experts.tracking.checkpoints import read_checkpoint
-from longtail_experts.tracking.runs import RunError, StoreError, open_run, start_run
+from longtail_experts.tracking.runs import Run, RunError, StoreError, open_run, start_run
 from longtail_experts.tracking.stale import offer_to_resume
 
 
@@ -25,6 +26,19 @@ def test_params_that_the_launcher_has_logged_are_left_alone(store):
     run = open_run(launched.info.run_id)
     run.log_params({"epochs": "2", "lr": "0.4"})
     assert run.params == {"epochs": "2.0", "lr": "0.4"}
+
+
+def test_where_artifacts_are_is_asked_once_however_many_are_read(store, monkeypatch):
+    with start_run("a run", {"stage": "data"}) as run:
+        for number in range(3):
+            run.write_json(f"numbers/{number}.json", number)
+    asked, get_run = [], SqlAlchemyStore.get_run
+    monkeypatch.setattr(
+        SqlAlchemyStore, "get_run", lambda *given: asked.append(1) or get_run(*given)
+    )
+    reader = Run(run.run_id)
+    assert [reader.read_json(f"numbers/{number}.json") for number in range(3)] == [0, 1, 2]
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

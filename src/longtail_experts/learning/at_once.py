@@ -1,10 +1,11 @@
 """Experts that train at the same time on one GPU: a thread, and a stream, for each.
 
 The kernels of a ResNet-32 at batch 128 are too small and too short to fill a large GPU; those of
-another expert go beside them. Only what is done epoch after epoch does: steps, validations and
-checkpoints, in memory and files of the expert's own. All before that, the first recording of its
-steps above all, and all after it is done by one expert at a time, which has the turn: MLflow,
-Matplotlib and torch.export need not be safe in threads.
+another expert go beside them. What is done epoch after epoch does: steps, validations and
+checkpoints, in memory and files of the expert's own; and at the end the fit of the temperature,
+mathematics alone. All before that, the first recording of its steps above all, and all else after
+it is done by one expert at a time, which has the turn: MLflow, Matplotlib and torch.export need not
+be safe in threads.
 """
 
 import threading

@@ -1,8 +1,10 @@
 """The calibrated expert as an MLflow model: uint8 images in, probabilities out."""
 
+import copy
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import mlflow.pytorch
 import numpy as np
@@ -11,8 +13,10 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from longtail_experts.data.batches import normalise
+from longtail_experts.learning.at_once import wait_until_alone
 from longtail_experts.tracking import served_expert
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.runs import Run
@@ -24,12 +28,37 @@ class CalibratedExpert(nn.Module):
     def __init__(self, network: nn.Module, temperature: float, log_offset: Tensor, prior: Tensor):
         super().__init__()
         self.network = network
-        self.temperature = temperature
+        self.register_buffer("temperature", torch.tensor(temperature))
         self.register_buffer("shift", (log_offset - prior.log()).float())
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.network(normalise(images))
         return (logits / self.temperature + self.shift).softmax(1)
+
+
+_programs: dict[tuple, ExportedProgram] = {}  # the last one exported of each architecture
+
+
+def exported(expert: CalibratedExpert, images: Tensor) -> ExportedProgram:
+    """The expert as a program, traced on images uint8 [2, 32, 32, 3]; valid until the next call.
+
+    To trace takes a second or more, and other experts must not compute meanwhile. So it is done
+    once for all experts of one architecture: the next ones' weights, temperature and shift take
+    the place of the last one's.
+    """
+    state = expert.state_dict()
+    architecture = (str(expert), *((name, tensor.shape) for name, tensor in state.items()))
+    if architecture not in _programs:
+        wait_until_alone()
+        _programs[architecture] = torch.export.export(
+            copy.deepcopy(expert), (images,), dynamic_shapes=[{0: Dim.AUTO}]
+        )
+    program = _programs[architecture]
+    program.example_inputs = ((images,), {})
+    with torch.no_grad():
+        for name, tensor in program.state_dict.items():
+            tensor.copy_(state[name])
+    return program
 
 
 def log_expert_model(
@@ -53,6 +82,7 @@ def log_expert_model(
             return
         run.client.delete_logged_model(begun.model_id)
     expert = CalibratedExpert(network.cpu(), temperature, log_offset, prior).eval()
+    program = exported(expert, images)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *images.shape[1:]))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(prior)))]),
@@ -67,6 +97,7 @@ def log_expert_model(
             flavor_name="pytorch",
             run_id=run.run_id,
             step=step,
+            program=program,
             pytorch_model=expert,
             signature=signature,
             input_example=images.numpy(),
@@ -81,18 +112,23 @@ def log_expert_model(
 def _save_model(
     path: str,
     mlflow_model: Model,
+    program: ExportedProgram,
     prior: list[float],
     validate_serving_input: bool,
     **arguments,
 ) -> None:
-    """mlflow.pytorch's own, then a pyfunc loader that knows the param `prior`.
+    """mlflow.pytorch's own, of a program that is traced already, then a pyfunc loader that knows
+    the param `prior`.
 
     MLflow's loader would pass params on to the exported program, which takes images alone, and
     refuses a program exported on a CPU on a machine that has a GPU.
     """
     with warnings.catch_warnings():  # of torch.export about weights that share storage; none do
         warnings.filterwarnings("ignore", message="No complete tensor found")
-        mlflow.pytorch.save_model(path=path, mlflow_model=mlflow_model, **arguments)
+        # It takes a module, and has torch.export trace it; where it no longer did so this way, it
+        # would trace the expert itself.
+        with mock.patch.object(torch.export, "export", return_value=program):
+            mlflow.pytorch.save_model(path=path, mlflow_model=mlflow_model, **arguments)
     pyfunc = mlflow_model.flavors["python_function"]
     pyfunc["loader_module"] = Path(served_expert.__file__).stem
     pyfunc["config"] = {"prior": prior}

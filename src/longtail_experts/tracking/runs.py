@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlparse
@@ -32,6 +33,7 @@ import mlflow
 from filelock import FileLock, Timeout
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
@@ -210,12 +212,18 @@ class Run:
         folder = os.path.dirname(path)
         return any(f.path == path for f in self.client.list_artifacts(self.run_id, folder or None))
 
+    @cached_property
+    def _artifacts(self) -> PatientClient:
+        """Where the run keeps its artifacts; MLflow's client would ask the store for that, and for
+        logged models of the same name, at every read."""
+        return PatientClient(get_artifact_repository(self.artifact_uri))
+
     @contextmanager
     def read_artifact(self, path: str) -> Iterator[Path]:
         """A local path that holds the artifact while the block lasts."""
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                local = self.client.download_artifacts(self.run_id, path, scratch)
+                local = self._artifacts.download_artifacts(path, scratch)
             except (MlflowException, OSError) as error:
                 raise RunError(
                     f"run {self.run_id}: artifact {path} cannot be read ({first_line(error)})"
