@@ -15,8 +15,9 @@ from itertools import product
 import torch
 from torch.nn import functional as F
 
+from longtail_experts.learning.backend import exact_float32
 from longtail_experts.learning.resnet import build_resnet32
-from longtail_experts.learning.step import autocast, exact_float32
+from longtail_experts.learning.step import autocast
 
 ORDERS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 VARIANTS = [

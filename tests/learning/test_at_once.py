@@ -1,12 +1,14 @@
 """Threads that take turns at everything but their epochs."""
 
+import sys
 import threading
 import time
 
 import pytest
 import torch
 
-from longtail_experts.learning.at_once import at_once, beside_the_others, wait_until_alone
+from longtail_experts.learning.at_once import at_once, beside_the_others
+from longtail_experts.learning.backend import exact_float32, own_flags
 
 LONG = 60  # seconds until a test is taken to hang
 
@@ -73,52 +75,38 @@ def test_a_failure_in_an_epoch_leaves_the_turn_to_the_others():
         at_once({"fails": fails, "works": works}, "cpu")
 
 
-def test_who_waits_to_be_alone_goes_on_when_the_last_has_left_its_epochs():
-    in_epochs, waits, order = threading.Barrier(3, timeout=LONG), threading.Event(), []
-
-    def exports():
-        with beside_the_others():
-            in_epochs.wait()
-        waits.set()
-        wait_until_alone()
-        order.append("export")
-
-    def trains():
-        with beside_the_others():
-            in_epochs.wait()
-            assert waits.wait(LONG)
-            time.sleep(0.05)
-            order.append("epoch")
-
-    at_once({"exports": exports, "b": trains, "c": trains}, "cpu")
-    assert order == ["epoch", "epoch", "export"]
+def test_python_changes_hands_often_while_experts_are_at_work():
+    """A step asks for it ten times and more: with CPython's 5 ms each, of an expert that draws."""
+    before = sys.getswitchinterval()
+    intervals = at_once({"a": sys.getswitchinterval, "b": sys.getswitchinterval}, "cpu")
+    assert max(intervals.values()) < before / 10
+    assert sys.getswitchinterval() == before
 
 
 def test_outside_of_at_once_there_is_no_turn_to_give_up():
     with beside_the_others():
         pass
-    wait_until_alone()
 
 
-def test_flags_of_the_process_stay_as_they_are_while_threads_set_them():
-    """One thread leaves `exact_float32` while another is in it."""
-    from longtail_experts.learning.step import exact_float32
-
-    inside, left = threading.Event(), threading.Event()
-
-    def leaves():
-        with beside_the_others():
-            with exact_float32():
-                assert inside.wait(LONG)
-            left.set()
+@pytest.mark.parametrize("first", [own_flags, exact_float32])
+@pytest.mark.parametrize("second", [own_flags, exact_float32])
+def test_flags_of_the_process_belong_to_one_thread_at_a_time(first, second):
+    inside, order = threading.Event(), []
 
     def stays():
-        with beside_the_others(), exact_float32():
+        with beside_the_others(), first():
             inside.set()
-            assert left.wait(LONG)
-            return torch.backends.cudnn.allow_tf32
+            time.sleep(0.05)
+            order.append(torch.backends.cudnn.allow_tf32)
+
+    def comes():
+        with beside_the_others():
+            assert inside.wait(LONG)
+            with second():
+                order.append(torch.backends.cudnn.allow_tf32)
 
     before = torch.backends.cudnn.allow_tf32
-    assert before, "PyTorch's default: what a thread would put back too early"
-    assert at_once({"leaves": leaves, "stays": stays}, "cpu")["stays"] is False
+    assert before, "PyTorch's default: what exact_float32 takes away"
+    at_once({"stays": stays, "comes": comes}, "cpu")
+    assert order == [way is own_flags for way in (first, second)]
     assert torch.backends.cudnn.allow_tf32 is before

@@ -240,34 +240,15 @@ def together(monkeypatch):
 
 
 @pytest.fixture
-def in_epochs_at_an_export(together, monkeypatch):
-    """Whenever a network is traced, which threads are in an epoch. None was ahead, and the last
-    expert to begin stays in its second epoch until the first is about to."""
-    computing, found, about_to = set(), [], threading.Event()
-    epoch, wait, export = train_stage.train_epoch, model.wait_until_alone, torch.export.export
-
-    def train_epoch(state, *arguments, **settings):
-        name = threading.current_thread().name
-        computing.add(name)
-        try:
-            if name.endswith("_2") and state.step >= STEPS_AN_EPOCH:
-                assert about_to.wait(120)
-            return epoch(state, *arguments, **settings)
-        finally:
-            computing.discard(name)
-
-    def wait_until_alone():
-        about_to.set()
-        wait()
+def traces(monkeypatch):
+    """What is traced, from here on."""
+    found, export = [], torch.export.export
 
     def trace(*arguments, **settings):
-        found.append(set(computing))
+        found.append(arguments)
         return export(*arguments, **settings)
 
-    monkeypatch.setattr(train_stage, "train_epoch", train_epoch)
-    monkeypatch.setattr(main_stage, "trace_ahead", lambda config, data: None)
     monkeypatch.setattr(model, "_programs", {})
-    monkeypatch.setattr(model, "wait_until_alone", wait_until_alone)
     monkeypatch.setattr(torch.export, "export", trace)
     return found
 
@@ -300,7 +281,7 @@ def test_experts_at_the_same_time_stopped_and_resumed_equal_those_one_after_anot
 
 
 def test_an_expert_that_fails_beside_others_does_not_stop_them(
-    store, tiny_arguments, together, in_epochs_at_an_export, capfd
+    store, tiny_arguments, together, traces, capfd
 ):
     def diverge(state):
         if threading.current_thread().name.endswith("_1"):  # the second to begin
@@ -311,30 +292,23 @@ def test_an_expert_that_fails_beside_others_does_not_stop_them(
     status = {run.data.tags.get("expert", "all"): run.info.status for run in all_runs()}
     assert status == dict.fromkeys(LOSSES, "FINISHED") | {"logit_adjust": "FAILED", "all": "FAILED"}
     assert "error: loss=all: logit_adjust failed: loss is not finite" in capfd.readouterr().err
-    assert in_epochs_at_an_export == [set()], "one trace serves both"
+    assert len(traces) == 1, "one serves both"
 
 
-def test_experts_wait_for_each_other_neither_to_be_traced_nor_with_their_temperatures(
-    store, tiny_arguments, together, monkeypatch
+def test_experts_do_not_wait_for_each_other_with_their_temperatures(
+    store, tiny_arguments, together, traces, monkeypatch
 ):
-    """Traced is before the first epoch, once; and no temperature is fitted before all three are."""
-    order, all_fit = [], threading.Barrier(3, timeout=120)  # broken where one waits for its turn
-    fit, export = calibrate_stage.fit_temperature, torch.export.export
+    """None is fitted before all three are."""
+    all_fit = threading.Barrier(3, timeout=120)  # broken where one waits for its turn
+    fit = calibrate_stage.fit_temperature
 
     def fit_temperature(*arguments, **settings):
         all_fit.wait()
         return fit(*arguments, **settings)
 
-    def trace(*arguments, **settings):
-        order.append("trace")
-        return export(*arguments, **settings)
-
-    together.append(lambda state: order.append("epoch"))
-    monkeypatch.setattr(model, "_programs", {})
-    monkeypatch.setattr(torch.export, "export", trace)
     monkeypatch.setattr(calibrate_stage, "fit_temperature", fit_temperature)
     assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "2"]) == 0
-    assert order == ["trace", *["epoch"] * 6]
+    assert len(traces) == 1
 
 
 def test_while_experts_train_at_the_same_time_nothing_imported_is_looked_through(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import mlflow
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from longtail_experts import load_expert_logits
 from longtail_experts.data import batches
 from longtail_experts.data.sources import folder_images
+from longtail_experts.learning.backend import exact_float32
 from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.tracking import model as model_module
 from longtail_experts.tracking.model import CalibratedExpert, exported
@@ -67,6 +69,28 @@ def test_what_is_traced_once_serves_every_expert_of_its_architecture(monkeypatch
         expected = (logits / temperature + (offset - prior.log())).softmax(1)
         torch.testing.assert_close(program.module()(others), expected)
     assert len(model_module._programs) == 2
+
+
+def test_no_other_thread_computes_while_one_is_traced(monkeypatch):
+    """torch.export switches the code that its convolutions take."""
+    export, computes = torch.export.export, threading.Event()
+
+    def compute():
+        with exact_float32():
+            computes.set()
+
+    def trace(*arguments, **settings):
+        other.start()
+        assert not computes.wait(0.1)
+        return export(*arguments, **settings)
+
+    other = threading.Thread(target=compute)
+    monkeypatch.setattr(model_module, "_programs", {})
+    monkeypatch.setattr(torch.export, "export", trace)
+    expert = CalibratedExpert(build_resnet32(5, "pad", 0), 1.0, torch.zeros(5), torch.ones(5) / 5)
+    exported(expert.eval(), torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
+    assert computes.wait(60)
+    other.join()
 
 
 def test_pytorch_flavour(model_uri, expected):

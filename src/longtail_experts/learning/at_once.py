@@ -8,6 +8,8 @@ it is done by one expert at a time, which has the turn: MLflow, Matplotlib and t
 be safe in threads.
 """
 
+import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,19 +19,14 @@ from typing import TypeVar
 
 import torch
 
-from longtail_experts.learning.step import exact_float32
-
 Result = TypeVar("Result")
 
 
-class _Turn:
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.num_beside = 0  # experts that do without it at this moment
-        self.changed = threading.Condition()
+# How long a thread may run Python while others wait for it, instead of CPython's 5 ms. A step asks
+# for Python ten times and more: beside an expert that draws or writes, each would wait that long.
+SWITCH_SECONDS = 1e-4
 
-
-_turn: ContextVar[_Turn | None] = ContextVar("turn", default=None)
+_turn: ContextVar["threading.Lock | None"] = ContextVar("turn", default=None)
 
 
 def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, Result]:
@@ -37,16 +34,14 @@ def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, 
 
     Returns when all have ended, then raises what the first of them to have failed raised.
     """
-    turn = _Turn()
+    turn = threading.Lock()
 
     def in_turn(do: Callable[[], Result]) -> Result:
         _turn.set(turn)
-        with turn.lock, _own_stream(device):
+        with turn, _own_stream(device):
             return do()
 
-    # cuDNN's flags belong to the process: a thread that puts them back must find them as it left
-    # them, or another's convolutions would change in mid-step.
-    with exact_float32(), ThreadPoolExecutor(len(work), "expert") as threads:
+    with _python_for_threads(), ThreadPoolExecutor(len(work), "expert") as threads:
         begun = {name: threads.submit(in_turn, do) for name, do in work.items()}
     return {name: future.result() for name, future in begun.items()}
 
@@ -58,28 +53,25 @@ def beside_the_others() -> Iterator[None]:
     if turn is None:
         yield
         return
-    with turn.changed:
-        turn.num_beside += 1
-    turn.lock.release()
+    turn.release()
     try:
         yield
     finally:
-        with turn.changed:
-            turn.num_beside -= 1
-            turn.changed.notify_all()
-        turn.lock.acquire()
+        turn.acquire()
 
 
-def wait_until_alone() -> None:
-    """With the turn: until no other computes, nor will before the turn is given up.
-
-    For what changes the whole process meanwhile: `torch.export` switches cuDNN and oneDNN off, and
-    a step of another expert would be another code's, rounded otherwise.
-    """
-    turn = _turn.get()
-    if turn is not None:
-        with turn.changed:
-            turn.changed.wait_for(lambda: turn.num_beside == 0)
+@contextmanager
+def _python_for_threads() -> Iterator[None]:
+    """Python's lock changes hands often. And what is there already, above all what was imported, is
+    not looked through for garbage: half a second each time, in which no expert goes on."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        sys.setswitchinterval(interval)
 
 
 def _own_stream(device: str) -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longtail_experts.learning.backend import own_flags
 from longtail_experts.learning.fused import fused, fusible, require_same_layers
 
 WARM_UP = 3  # steps before a recording, in which libraries choose kernels and allocate
@@ -73,7 +74,7 @@ def cuda_graphs() -> Recorder:
         finally:  # whoever puts the state back after a failure comes after these steps
             ours.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with _recording:
+        with own_flags(), _recording:
             try:
                 with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                     run()

@@ -5,12 +5,12 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from longtail_experts.learning.backend import exact_float32
 from longtail_experts.learning.fast_step import (
     Batch,
     CannotRecordError,
@@ -245,11 +245,6 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
-def exact_float32() -> AbstractContextManager[None]:
-    """Convolutions on a GPU in float32 as it is written, not in TF32's ten bits of mantissa."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
-
 @torch.inference_mode()
 def predict_logits(
     model: nn.Module,
@@ -265,8 +260,8 @@ def predict_logits(
     model.eval()
     forward = model if passes is None else functools.partial(passes.take, model)
     logits = []
-    with exact_float32():
-        for images in batches:
+    for images in batches:
+        with exact_float32():
             logits.append(forward(images).float())
-            on_batch(len(images))
+        on_batch(len(images))
     return torch.cat(logits).cpu()

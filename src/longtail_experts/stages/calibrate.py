@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtail_experts.config import LOSS_NAMES, Config, make_config
+from longtail_experts.config import Config, make_config
 from longtail_experts.data.batches import plain_batches
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
@@ -24,13 +24,13 @@ from longtail_experts.learning.evaluation import (
 )
 from longtail_experts.learning.losses import LOSSES, prior_of
 from longtail_experts.learning.metrics import mean_over, per_class_recall
-from longtail_experts.learning.resnet import ResNet32, build_resnet32
+from longtail_experts.learning.resnet import ResNet32
 from longtail_experts.learning.step import predict_logits, recorded_passes
 from longtail_experts.stages.inputs import load_dataset, log_offset_of, resolve, selects
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
 from longtail_experts.tracking.logits import SplitLogits, is_calibrated, write_logits
-from longtail_experts.tracking.model import CalibratedExpert, exported, log_expert_model
+from longtail_experts.tracking.model import log_expert_model
 from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError, claimed, open_run
 from longtail_experts.tracking.stale import require_no_process
@@ -131,17 +131,6 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     experts.record_report(run_, data, logits)
     if config.register_as:
         register(run_, config.register_as)
-
-
-def trace_ahead(config: Config, data: Dataset) -> None:
-    """Before experts train at the same time: the programs that theirs will be. The first to finish
-    would have to wait for the others with that (see `exported`)."""
-    uniform = torch.full((data.num_classes,), 1 / data.num_classes)
-    for head in {LOSSES[loss].head for loss in LOSS_NAMES}:
-        network = build_resnet32(data.num_classes, config.shortcut, seed=0, head=head)
-        network.to(memory_format=torch.channels_last)  # as `load_network` does
-        expert = CalibratedExpert(network, 1.0, uniform.log(), uniform).eval()
-        exported(expert, data.pixels("test_balanced")[:2])
 
 
 @dataclass(frozen=True)

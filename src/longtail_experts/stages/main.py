@@ -3,10 +3,8 @@
 The one stage made of others: it is `train` followed by `calibrate`, and for loss=all `compare`.
 """
 
-import gc
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +14,7 @@ from longtail_experts.data.sources import first_line
 from longtail_experts.learning.at_once import at_once
 from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages import compare
-from longtail_experts.stages.calibrate import calibrate_expert, load_trained, trace_ahead
+from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.checks import require_ready
 from longtail_experts.stages.inputs import for_one_expert, trains_at_once
 from longtail_experts.stages.train import train_expert
@@ -95,7 +93,7 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
                 log.error("%s failed: %s", loss, error, exc_info=not foreseen)
                 return Outcome(failure=first_line(error))
 
-        outcomes = for_each_loss(child_of, config, data)
+        outcomes = for_each_loss(child_of, config)
         failures = {name: o.failure for name, o in outcomes.items() if not o.run_id}
         children = {name: o.run_id for name, o in outcomes.items() if o.run_id}
         if len(children) > 1:
@@ -122,16 +120,13 @@ def run_child(
     return existing.run_id
 
 
-def for_each_loss(
-    child_of: Callable[[str], Outcome], config: Config, data: Dataset
-) -> dict[str, Outcome]:
+def for_each_loss(child_of: Callable[[str], Outcome], config: Config) -> dict[str, Outcome]:
     """At the same time where `trains_at_once`, else one after another."""
     if not trains_at_once(config):
         print(f"{len(LOSS_NAMES)} experts, one after another: multiply the time of one")
         return {loss: child_of(loss) for loss in LOSS_NAMES}
     print(f"{len(LOSS_NAMES)} experts, at the same time")
-    trace_ahead(config, data)
-    with delayed_signals() as arrived, _frozen():
+    with delayed_signals() as arrived:
 
         def heeding(loss: str) -> Outcome:
             heed(arrived)
@@ -139,14 +134,3 @@ def for_each_loss(
             return child_of(loss)
 
         return at_once({loss: partial(heeding, loss) for loss in LOSS_NAMES}, config.device)
-
-
-@contextmanager
-def _frozen() -> Iterator[None]:
-    """What is there already, above all what was imported, is not looked through for garbage: that
-    takes half a second each time, in which no expert goes on."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

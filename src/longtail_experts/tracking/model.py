@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from longtail_experts.data.batches import normalise
-from longtail_experts.learning.at_once import wait_until_alone
+from longtail_experts.learning.backend import own_flags
 from longtail_experts.tracking import served_expert
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.runs import Run
@@ -42,17 +42,17 @@ _programs: dict[tuple, ExportedProgram] = {}  # the last one exported of each ar
 def exported(expert: CalibratedExpert, images: Tensor) -> ExportedProgram:
     """The expert as a program, traced on images uint8 [2, 32, 32, 3]; valid until the next call.
 
-    To trace takes a second or more, and other experts must not compute meanwhile. So it is done
-    once for all experts of one architecture: the next ones' weights, temperature and shift take
-    the place of the last one's.
+    To trace takes a second or more, in which PyTorch switches cuDNN and oneDNN off: no other expert
+    may compute by them meanwhile. So it is done once for all experts of one architecture: the next
+    ones' weights, temperature and shift take the place of the last one's.
     """
     state = expert.state_dict()
     architecture = (str(expert), *((name, tensor.shape) for name, tensor in state.items()))
     if architecture not in _programs:
-        wait_until_alone()
-        _programs[architecture] = torch.export.export(
-            copy.deepcopy(expert), (images,), dynamic_shapes=[{0: Dim.AUTO}]
-        )
+        with own_flags():
+            _programs[architecture] = torch.export.export(
+                copy.deepcopy(expert), (images,), dynamic_shapes=[{0: Dim.AUTO}]
+            )
     program = _programs[architecture]
     program.example_inputs = ((images,), {})
     with torch.no_grad():
