@@ -44,6 +44,27 @@ def test_all_are_beside_each_other_at_the_same_time():
     at_once(dict.fromkeys("abc", work), "cpu")
 
 
+def test_none_trains_before_all_have_begun_or_ended():
+    order = []
+
+    def trains():
+        time.sleep(0.02)
+        order.append("begin")
+        with beside_the_others():
+            order.append("train")
+        with beside_the_others():  # at once, from now on
+            order.append("end")
+
+    def fails():
+        order.append("begin")
+        raise ValueError("before it trained")
+
+    with pytest.raises(ValueError, match="before it trained"):
+        at_once({"a": trains, "b": fails, "c": trains, "d": lambda: None}, "cpu")
+    assert order[:3] == ["begin"] * 3
+    assert sorted(order[3:]) == ["end", "end", "train", "train"]
+
+
 def test_only_one_has_the_turn():
     holders, seen = [], []
 

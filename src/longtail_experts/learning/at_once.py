@@ -2,10 +2,9 @@
 
 The kernels of a ResNet-32 at batch 128 are too small and too short to fill a large GPU; those of
 another expert go beside them. What is done epoch after epoch does: steps, validations and
-checkpoints, in memory and files of the expert's own; and at the end the fit of the temperature,
-mathematics alone. All before that, the first recording of its steps above all, and all else after
-it is done by one expert at a time, which has the turn: MLflow, Matplotlib and torch.export need not
-be safe in threads.
+checkpoints, in memory and files of the expert's own; and at the end logits and temperature. All
+before that, the first recording of its steps above all, and all else after it is done by one expert
+at a time, which has the turn: MLflow, Matplotlib and torch.export need not be safe in threads.
 """
 
 import gc
@@ -26,7 +25,30 @@ Result = TypeVar("Result")
 # for Python ten times and more: beside an expert that draws or writes, each would wait that long.
 SWITCH_SECONDS = 1e-4
 
-_turn: ContextVar["threading.Lock | None"] = ContextVar("turn", default=None)
+
+class _Experts:
+    """Those of one `at_once`."""
+
+    def __init__(self, num: int):
+        self.turn = threading.Lock()
+        self.num_to_come = num  # who have not been ready to train yet; counted with the turn
+        self.are_ready = threading.Event()
+
+
+class _Expert:
+    def __init__(self, among: _Experts):
+        self.among = among
+        self.is_ready = False
+
+    def get_ready(self) -> None:
+        """With the turn."""
+        self.among.num_to_come -= not self.is_ready
+        self.is_ready = True
+        if self.among.num_to_come == 0:
+            self.among.are_ready.set()
+
+
+_expert: ContextVar[_Expert | None] = ContextVar("expert", default=None)
 
 
 def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, Result]:
@@ -34,12 +56,16 @@ def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, 
 
     Returns when all have ended, then raises what the first of them to have failed raised.
     """
-    turn = threading.Lock()
+    experts = _Experts(len(work))
 
     def in_turn(do: Callable[[], Result]) -> Result:
-        _turn.set(turn)
-        with turn, _own_stream(device):
-            return do()
+        expert = _Expert(experts)
+        _expert.set(expert)
+        with experts.turn, _own_stream(device):
+            try:
+                return do()
+            finally:
+                expert.get_ready()
 
     with _python_for_threads(), ThreadPoolExecutor(len(work), "expert") as threads:
         begun = {name: threads.submit(in_turn, do) for name, do in work.items()}
@@ -48,16 +74,23 @@ def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, 
 
 @contextmanager
 def beside_the_others() -> Iterator[None]:
-    """In here without the turn. Outside `at_once`, where there are no others: nothing."""
-    turn = _turn.get()
-    if turn is None:
+    """In here without the turn. Outside `at_once`, where there are no others: nothing.
+
+    Goes on once all have come here, or ended: beside experts that train, the others' beginnings,
+    with the recording of their steps, took several times as long.
+    """
+    expert = _expert.get()
+    if expert is None:
         yield
         return
-    turn.release()
+    experts = expert.among
+    expert.get_ready()
+    experts.turn.release()
     try:
+        experts.are_ready.wait()
         yield
     finally:
-        turn.acquire()
+        experts.turn.acquire()
 
 
 @contextmanager

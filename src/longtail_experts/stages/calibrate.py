@@ -91,10 +91,10 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     Raises RunError before anything is written where logits are not finite.
     """
     step = trained.chosen["step"]
-    logits = split_logits(trained.network, config, data)
     prior = prior_of(data.class_counts("train"))
     log_offset = log_offset_of(config, data)
     with beside_the_others():
+        logits = split_logits(trained.network, config, data)
         calibration = fit(logits, config, data, log_offset, prior)
     temperature = calibration.temperature
     metrics = test_metrics(logits, data, calibration, log_offset, prior)
