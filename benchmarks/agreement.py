@@ -6,17 +6,19 @@ First what one step brings to each kind of layer, in bf16: how far the kernels' 
 PyTorch's own, are from float64's, as shares of their length. Then training: every loss with every
 seed, once with `fused` and once without, the three losses at the same time as `main -P loss=all`
 has them; the recipe is that of `cifar100_lt`, its milestones moved in proportion to the epochs.
-What counts is balanced accuracy on all 10,000 test images. Two runs of a seed share first weights,
-order and augmentation, but rounding parts them soon: differences are those of independent runs.
+What counts is balanced accuracy on all 10,000 test images, and T fitted on calib. Two runs of a
+seed share first weights, order and augmentation, but rounding parts them soon: differences are
+those of independent runs.
 """
 
 import argparse
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
-from itertools import chain
+from itertools import product
 
 import torch
 
@@ -25,12 +27,15 @@ from longtail_experts.data.batches import batches_of, draw_epoch, load_batch, pa
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.learning.at_once import at_once, beside_the_others
 from longtail_experts.learning.fused import fused, how_far_from_float64, layers_in
+from longtail_experts.learning.losses import prior_of
+from longtail_experts.learning.metrics import mean_over
 from longtail_experts.learning.step import autocast, train_epoch
-from longtail_experts.stages.calibrate import balanced_accuracy_of
+from longtail_experts.stages.calibrate import fit, recalls, split_logits
 from longtail_experts.stages.inputs import (
     build_network,
     for_one_expert,
     load_dataset,
+    log_offset_of,
     objective_at,
     resolve,
     schedule_of,
@@ -39,7 +44,7 @@ from longtail_experts.stages.inputs import (
 )
 
 RECIPE = "cifar100_lt"
-Found = dict[str, float | str]
+Found = dict[str, float | int | str]
 
 
 def config_of(options: argparse.Namespace, seed: int, is_fused: bool) -> Config:
@@ -81,10 +86,10 @@ def loader_of(config: Config, data: Dataset) -> partial:
     return partial(load_batch, padded, data.targets("train").to(config.device))
 
 
-def reached(config: Config, data: Dataset) -> dict[str, float]:
-    """Balanced accuracy on test_balanced in %, by loss."""
+def reached(config: Config, data: Dataset) -> dict[str, Found]:
+    """Balanced accuracy on test_balanced in %, and T, by loss."""
 
-    def train(loss: str) -> float:
+    def train(loss: str) -> Found:
         one = for_one_expert(config, loss)
         state = state_before_training(build_network(one, data), one, data)
         load = loader_of(one, data)
@@ -108,7 +113,11 @@ def reached(config: Config, data: Dataset) -> dict[str, float]:
         expected = "fused" if one.fused else "graph"
         if state.path != expected:
             raise SystemExit(f"error: {loss} took {state.path} steps instead of {expected} ones")
-        return 100 * balanced_accuracy_of(state.model, one, data)
+        logits = split_logits(state.model, one, data)
+        recall, _ = recalls(logits, data)["test_balanced"]
+        prior = prior_of(data.class_counts("train"))
+        fitted = fit(logits, one, data, log_offset_of(one, data), prior)
+        return {"balanced": 100 * mean_over(recall), "temperature": fitted.temperature.value}
 
     return at_once({loss: partial(train, loss) for loss in LOSS_NAMES}, config.device)
 
@@ -130,10 +139,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data_dir", help="folder with CIFAR-100; without: generated images")
-    parser.add_argument("--seeds", type=int, default=4, help="0 to this (4)")
+    parser.add_argument("--seeds", type=int, default=4, help="how many (4)")
     parser.add_argument("--epochs", type=int, default=32, help="of each training (32)")
     parser.add_argument("--json", action="store_true", help="print JSON objects")
     options = parser.parse_args()
+    if options.seeds < 2:
+        raise SystemExit(f"error: --seeds={options.seeds}: a difference needs 2 for its error")
     config = config_of(options, 0, True)
     if config.device != "cuda":
         raise SystemExit("error: there is no GPU here, and nothing is fused")
@@ -146,20 +157,18 @@ def main() -> None:
             print(*(f"{v:.3g}" if isinstance(v, float) else v for v in found.values()), flush=True)
 
     show({"device": torch.cuda.get_device_name(), "precision": config.precision})
-    for found in layers_apart(config, data):
-        show(found)
-    by_way: dict[bool, dict[str, list[float]]] = {
-        way: {loss: [] for loss in LOSS_NAMES} for way in (True, False)
-    }
-    for seed in range(options.seeds):
-        for way, values in by_way.items():
-            for loss, accuracy in reached(config_of(options, seed, way), data).items():
-                values[loss].append(accuracy)
-                show({"loss": loss, "seed": seed, "fused": str(way), "balanced": accuracy})
-    for loss in LOSS_NAMES:
-        show({"loss": loss, **comparison(by_way[True][loss], by_way[False][loss])})
-    everything = (list(chain.from_iterable(by_way[way].values())) for way in (True, False))
-    show({"loss": "all", **comparison(*everything)})
+    for row in layers_apart(config, data):
+        show(row)
+    found: dict[tuple[bool, str, str], list[float]] = defaultdict(list)
+    for seed, way in product(range(options.seeds), (True, False)):
+        for loss, values in reached(config_of(options, seed, way), data).items():
+            show({"loss": loss, "seed": seed, "fused": str(way), **values})
+            for measure, value in values.items():
+                found[way, loss, measure].append(value)
+                found[way, "all", measure].append(value)
+    for loss, measure in product((*LOSS_NAMES, "all"), ("balanced", "temperature")):
+        pairs = found[True, loss, measure], found[False, loss, measure]
+        show({"loss": loss, "measure": measure, **comparison(*pairs)})
 
 
 if __name__ == "__main__":

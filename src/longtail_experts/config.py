@@ -154,9 +154,9 @@ class Config(BaseModel):
     )
     fused: bool = Field(
         False,
-        description="on a GPU, in replayed steps: kernels of this project, nearly twice as fast as "
-        "PyTorch's; every kind of layer is compared with PyTorch's before, but no accuracy has "
-        "been over seeds",
+        description="on a GPU, in replayed steps: kernels of this project, twice as fast as "
+        "PyTorch's; every kind of layer is compared with PyTorch's before, but whether experts "
+        "are as good is not settled (benchmarks/README.md)",
     )
     register_as: str | None = Field(
         None,
