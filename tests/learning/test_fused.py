@@ -206,6 +206,21 @@ def test_interpreted_kernels_equal_pytorchs_operators():
     )
 
 
+def test_a_convolution_is_compared_on_what_autocast_makes_of_its_input(monkeypatch):
+    """The first one gets images in float32."""
+    model = build_resnet32(10, "pad", seed=0)
+    convs = {module: None for module in model.modules() if isinstance(module, Conv)}
+    monkeypatch.setattr(fused_module, "fusible", lambda model: convs)
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 3, 8, 8))
+
+    layers_seen = fused_module.layers_in(model, run).values()
+    assert {inputs[0].shape[1] for _, inputs in layers_seen} == {3, 16, 32, 64}
+    assert {inputs[0].dtype for _, inputs in layers_seen} == {torch.bfloat16}
+
+
 def test_on_a_cpu_nothing_is_fused():
     model = build_resnet32(10, "pad", seed=0).to(memory_format=torch.channels_last)
     assert fusible(model) == {}
