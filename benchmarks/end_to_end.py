@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,14 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    as_json, place = "--json" in arguments, tempfile.TemporaryDirectory()
+    as_json, place = "--json" in arguments, tempfile.TemporaryDirectory
     if "--keep" in arguments:
         at = arguments.index("--keep")
-        folder = Path(*arguments[at + 1 : at + 2]).absolute()
-        if folder.exists():
-            raise SystemExit(f"error: --keep {folder}: exists already; name a new folder")
-        folder.mkdir(parents=True)
-        place = nullcontext(folder)
+        name = "".join(arguments[at + 1 : at + 2])
+        if not name or name.startswith("--") or os.path.exists(name):
+            raise SystemExit(f"error: --keep {name}: name a folder that does not exist yet")
+        os.makedirs(name)
+        place = partial(nullcontext, os.path.abspath(name))
         del arguments[at : at + 2]
     arguments = [os.path.abspath(a) if os.path.exists(a) else a for a in arguments if a != "--json"]
     spans: dict[str, list[Span]] = defaultdict(list)
@@ -99,7 +100,7 @@ def main(arguments: list[str]) -> int:
         for module, name in functions:
             plain = getattr(modules[module], name)
             setattr(modules[module], name, timed(plain, spans[bucket]))
-    with place as folder:
+    with place() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder) / 'mlflow.db'}"
         os.environ.setdefault("LONGTAIL_CACHE_DIR", os.path.abspath(".cache"))
         home = os.getcwd()

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -65,6 +66,24 @@ def test_none_trains_before_all_have_begun_or_ended():
     assert sorted(order[3:]) == ["end", "end", "train", "train"]
 
 
+def test_where_not_all_can_begin_those_that_have_do_not_wait_for_them(monkeypatch):
+    submit, trained = ThreadPoolExecutor.submit, []
+
+    def refuse_the_third(pool, do, *arguments):
+        if len(pool._threads) == 2:
+            raise RuntimeError("can't start new thread")
+        return submit(pool, do, *arguments)
+
+    def work():
+        with beside_the_others():
+            trained.append(1)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse_the_third)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        at_once(dict.fromkeys("abc", work), "cpu")
+    assert len(trained) == 2
+
+
 def test_only_one_has_the_turn():
     holders, seen = [], []
 
@@ -118,16 +137,16 @@ def test_flags_of_the_process_belong_to_one_thread_at_a_time(first, second):
         with beside_the_others(), first():
             inside.set()
             time.sleep(0.05)
-            order.append(torch.backends.cudnn.allow_tf32)
+            order.append(("stays", torch.backends.cudnn.allow_tf32))
 
     def comes():
         with beside_the_others():
             assert inside.wait(LONG)
             with second():
-                order.append(torch.backends.cudnn.allow_tf32)
+                order.append(("comes", torch.backends.cudnn.allow_tf32))
 
     before = torch.backends.cudnn.allow_tf32
     assert before, "PyTorch's default: what exact_float32 takes away"
     at_once({"stays": stays, "comes": comes}, "cpu")
-    assert order == [way is own_flags for way in (first, second)]
+    assert order == [("stays", first is own_flags), ("comes", second is own_flags)]
     assert torch.backends.cudnn.allow_tf32 is before

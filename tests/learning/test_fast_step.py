@@ -557,8 +557,10 @@ def test_fused_kernels_that_fail_leave_no_such_nodes_to_the_recording_without_th
         return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
 
     def fail(module, inputs, output):
-        output = Failing.apply(output)
         node().metadata["seen"] = True
+        output = Failing.apply(output)
+        circle = [output.grad_fn]  # as an exception and what it came through may be
+        circle.append(circle)
         return output
 
     @contextmanager

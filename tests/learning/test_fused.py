@@ -27,7 +27,13 @@ from longtail_experts.learning.resnet import build_resnet32
 NORMS = [(3, 16, 32), (5, 32, 6), (9, 64, 8)]  # images, channels, side: whole parts and others
 CONVS = [  # images, channels in and out, side, size of the filter, stride
     *((3, 3, 16, 8, 3, 1), (3, 16, 16, 8, 3, 1), (2, 32, 32, 16, 3, 1), (5, 64, 64, 8, 3, 1)),
-    *((3, 16, 32, 8, 3, 2), (5, 32, 64, 4, 3, 2), (3, 16, 32, 8, 1, 2), (5, 32, 64, 4, 1, 2)),
+    *(
+        (2, 3, 16, 8, 1, 1),
+        (3, 16, 32, 8, 3, 2),
+        (5, 32, 64, 4, 3, 2),
+        (3, 16, 32, 8, 1, 2),
+        (5, 32, 64, 4, 1, 2),
+    ),
 ]
 
 
@@ -81,6 +87,7 @@ def require_same_convolutions(device: str, dtype: torch.dtype, tolerance: float)
         ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
         y, passed = kernel_of(conv)(ours, conv.weight, stride, True)
         also = torch.randn(x.shape, generator=generator).to(x)
+        assert torch.equal(passed, x)
         torch.autograd.backward((y, passed), (dy, also))
         weight = conv.weight.detach().to(dtype).double().requires_grad_()
         expected = F.conv2d(theirs, weight, stride=stride, padding=size // 2)
@@ -137,6 +144,14 @@ def require_a_wrong_kernel_is_found() -> None:
     def without_an_image(*arguments, whole=fused_conv._input_gradient):
         return off(whole(*arguments), 0)
 
+    real_conv = fused_conv.FusedConv
+
+    class PassesWrong(real_conv):
+        @staticmethod
+        def forward(ctx, *arguments):
+            y, passed = real_conv.forward(ctx, *arguments)
+            return y, off(passed, 0)
+
     wrong_norm = SimpleNamespace(apply=lambda *arguments: real.apply(*arguments) * 1.02)
     with mock.patch.object(layers, "PRECISIONS", (torch.float32,)):
         require_same_layer(conv, [x])
@@ -149,10 +164,16 @@ def require_a_wrong_kernel_is_found() -> None:
                 pytest.raises(ValueError, match=f"the gradient of {part} of Conv.* away from"),
             ):
                 require_same_layer(conv, [x])
+    with (
+        mock.patch.object(layers, "PRECISIONS", (torch.float32,)),
+        mock.patch.object(fused_conv, "FusedConv", PassesWrong),
+        pytest.raises(ValueError, match=r"output 1 of Conv.* away from"),
+    ):
+        require_same_layer(conv, [x])
     require_same_layer(norm, [x, x])
     with (
         mock.patch.object(fused_norm, "FusedNorm", wrong_norm),
-        pytest.raises(ValueError, match=r"the output of Norm\(16, .*relu=True\) is 0.02 of"),
+        pytest.raises(ValueError, match=r"output 0 of Norm\(16, .*relu=True\) is 0.02 of"),
     ):
         require_same_layer(norm, [x, x])
     assert int(norm.num_batches_tracked) == 0  # left as it is
@@ -186,9 +207,7 @@ def require_recorded_steps_take_them() -> None:
     broken = start(build, call_again, fuses=True)
     with (
         mock.patch.object(fused_norm, "FusedNorm", SimpleNamespace(apply=wrong)),
-        pytest.warns(
-            UserWarning, match="kernels are not fused, and slower: the output of"
-        ) as caught,
+        pytest.warns(UserWarning, match="kernels are not fused, and slower: output 0 of") as caught,
     ):
         assert train(broken, range(1), lr=0.01) == train(start(build, None), range(1), lr=0.01)
     assert len(caught) == 1

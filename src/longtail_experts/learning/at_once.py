@@ -68,7 +68,11 @@ def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, 
                 expert.get_ready()
 
     with _python_for_threads(), ThreadPoolExecutor(len(work), "expert") as threads:
-        begun = {name: threads.submit(in_turn, do) for name, do in work.items()}
+        try:
+            begun = {name: threads.submit(in_turn, do) for name, do in work.items()}
+        except BaseException:  # those that have begun wait for one that does not come
+            experts.are_ready.set()
+            raise
     return {name: future.result() for name, future in begun.items()}
 
 
@@ -99,6 +103,7 @@ def _python_for_threads() -> Iterator[None]:
     not looked through for garbage: half a second each time, in which no expert goes on."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
     gc.freeze()
     try:
         yield

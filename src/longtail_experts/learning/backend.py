@@ -11,7 +11,8 @@ _flags = threading.RLock()
 
 @contextmanager
 def own_flags() -> Iterator[None]:
-    """In here no other thread sets cuDNN's and oneDNN's flags, nor computes as they say.
+    """In here no other thread sets cuDNN's and oneDNN's flags, nor computes as they say, nor calls
+    a network.
 
     A replay of a CUDA graph does not look at them. Whoever records one comes in here first.
     """

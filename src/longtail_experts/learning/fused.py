@@ -5,13 +5,14 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longtail_experts.learning.layers import Conv, Norm, as_autocast_has_it
 
-WIDTHS = (16, 32, 64)  # channels that convolutions have kernels for; the first may have 3 going in
+WIDTHS = (16, 32, 64)  # channels that convolutions have kernels for, and 3 going in
 # How far a result may be from that of the same inputs in float64, lengths as in Euclid. bf16
 # rounds a value to 2^-9; a pixel, a tap or a part that is left out is ten times as much away.
 LAYER_APART = 1e-2
@@ -75,7 +76,7 @@ def layers_in(
     """One module that has kernels of each kind, beside the known ones, and what comes to it."""
     seen: dict[tuple, Layer] = {}
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
         if isinstance(module, Conv):
             inputs = tuple(map(as_autocast_has_it, inputs))
         kind = (str(module), *((x.device, x.dtype, x.shape) for x in inputs))
@@ -135,7 +136,7 @@ def _results(module: nn.Module, inputs: list[Tensor], random: torch.Generator) -
         torch.autograd.backward(
             outputs, [dy.to(**order).to(y.dtype) for dy, y in zip(gradients, outputs, strict=True)]
         )
-    found = {"the output": outputs[0].detach()}
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     found |= {f"the gradient of input {i}": x.grad for i, x in enumerate(leaves)}
     found |= {f"the gradient of {name}": p.grad for name, p in module.named_parameters()}
     return found | {name: x.detach().clone() for name, x in module.named_buffers()}

@@ -23,7 +23,7 @@ TILE = 4096  # values that a program multiplies with a tap at a time
 EACH = 16384  # values of the output's gradient that one program sums up for the weights' gradient
 RUN = 64  # pixels of them at a time
 
-_beside: dict[int, torch.cuda.Stream] = {}  # by the stream that they run beside
+_beside: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # by the one that they run beside
 SUMMED = 8192  # values of partial sums that one program holds
 
 
@@ -162,7 +162,7 @@ def _weight_sums(
     tl.store(partial + at, sums, mask=(wide < NUM * C_IN)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_parts"])  # one compilation for all sizes of batch
+@triton.jit(do_not_specialize=["num_parts"])  # full and short batches share a compilation
 def _sum_parts(partial, dw, num_weights, num_parts, PARTS: tl.constexpr, TOGETHER: tl.constexpr):
     number = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
     parts, is_weight = tl.arange(0, PARTS), number < num_weights
@@ -268,12 +268,14 @@ def _another_stream(device: torch.device) -> Iterator[AbstractContextManager]:
         yield nullcontext()
         return
     ours = torch.cuda.current_stream(device)
-    if ours.cuda_stream not in _beside:
-        _beside[ours.cuda_stream] = torch.cuda.Stream(device)
-    theirs = _beside[ours.cuda_stream]
+    if ours not in _beside:
+        _beside[ours] = torch.cuda.Stream(device)
+    theirs = _beside[ours]
     theirs.wait_stream(ours)
-    yield torch.cuda.stream(theirs)
-    ours.wait_stream(theirs)
+    try:
+        yield torch.cuda.stream(theirs)
+    finally:  # a capture that fails says why only where all its streams have come together
+        ours.wait_stream(theirs)
 
 
 def _filter(weight: Tensor) -> dict[str, int]:
@@ -286,7 +288,7 @@ def _taps(weight: Tensor, together: int) -> dict[str, int]:
     not fill it; and how many values of a pixel they see, rounded up to a power of two."""
     _, in_channels, size, _ = weight.shape
     num = size**2 if in_channels < 16 else together
-    return {"NUM": num, "WIDE": triton.next_power_of_2(num * in_channels)}
+    return {"NUM": num, "WIDE": max(16, triton.next_power_of_2(num * in_channels))}
 
 
 def _warps(pixels: int) -> int:

@@ -70,7 +70,7 @@ def _combined(
     return mean, (tl.sum(squares, 0) + tl.sum(apart * apart * sizes, 0)) / num_rows
 
 
-@triton.jit(do_not_specialize=["num_parts"])  # one compilation for all sizes of batch
+@triton.jit(do_not_specialize=["num_parts"])  # full and short batches share a compilation
 def _moments(
     x,
     partial,

@@ -42,9 +42,10 @@ _programs: dict[tuple, ExportedProgram] = {}  # the last one exported of each ar
 def exported(expert: CalibratedExpert, images: Tensor) -> ExportedProgram:
     """The expert as a program, traced on images uint8 [2, 32, 32, 3]; valid until the next call.
 
-    To trace takes a second or more, in which PyTorch switches cuDNN and oneDNN off: no other expert
-    may compute by them meanwhile. So it is done once for all experts of one architecture: the next
-    ones' weights, temperature and shift take the place of the last one's.
+    To trace takes a second or more, in which PyTorch switches cuDNN and oneDNN off and watches the
+    calls of all modules: no other expert may call its own meanwhile (`own_flags`). So it is done
+    once for all experts of one architecture: the next ones' weights, temperature and shift take
+    the place of the last one's.
     """
     state = expert.state_dict()
     architecture = (str(expert), *((name, tensor.shape) for name, tensor in state.items()))

@@ -80,8 +80,8 @@ def patiently(call: Callable[[], T], seconds: float) -> T:
 
 
 class PatientClient:
-    """An MlflowClient whose calls wait for a store that is locked or away, for as long as `seconds`
-    says: patience(), or 0 for one that raises at once."""
+    """An MlflowClient, or what else asks a store, whose calls wait for one that is locked or away,
+    for as long as `seconds` says: patience(), or 0 for one that raises at once."""
 
     def __init__(self, client: Any, seconds: Callable[[], float] = patience):
         self._client, self._seconds = client, seconds

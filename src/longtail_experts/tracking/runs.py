@@ -216,7 +216,8 @@ class Run:
     def _artifacts(self) -> PatientClient:
         """Where the run keeps its artifacts; MLflow's client would ask the store for that, and for
         logged models of the same name, at every read."""
-        return PatientClient(get_artifact_repository(self.artifact_uri))
+        where = self.artifact_uri
+        return PatientClient(get_artifact_repository(where, mlflow.get_tracking_uri()))
 
     @contextmanager
     def read_artifact(self, path: str) -> Iterator[Path]:
