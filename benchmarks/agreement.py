@@ -23,7 +23,7 @@ from itertools import product
 import torch
 
 from longtail_experts.config import LOSS_NAMES, Config, load_config
-from longtail_experts.data.batches import batches_of, draw_epoch, load_batch, pad
+from longtail_experts.data.batches import batches_of, draw_epoch, loader_of
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.learning.at_once import at_once, beside_the_others
 from longtail_experts.learning.fused import fused, how_far_from_float64, layers_in
@@ -62,7 +62,8 @@ def layers_apart(config: Config, data: Dataset) -> Iterable[Found]:
     state = state_before_training(build_network(config, data), config, data)
     draws = draw_epoch(data.size("train"), config.expert_seed, 0, config.device)
     batch = next(iter(batches_of(draws, config.batch_size)))
-    images, _ = loader_of(config, data)(*batch)
+    load = loader_of(data.pixels("train"), data.targets("train"), config.device)
+    images, _ = load(*batch)
     state.model.train()
 
     def run() -> None:
@@ -81,18 +82,13 @@ def layers_apart(config: Config, data: Dataset) -> Iterable[Found]:
             }
 
 
-def loader_of(config: Config, data: Dataset) -> partial:
-    padded = pad(data.pixels("train")).to(config.device)
-    return partial(load_batch, padded, data.targets("train").to(config.device))
-
-
 def reached(config: Config, data: Dataset) -> dict[str, Found]:
     """Balanced accuracy on test_balanced in %, and T, by loss."""
 
     def train(loss: str) -> Found:
         one = for_one_expert(config, loss)
         state = state_before_training(build_network(one, data), one, data)
-        load = loader_of(one, data)
+        load = loader_of(data.pixels("train"), data.targets("train"), one.device)
         lr_of = schedule_of(one, steps_an_epoch(one, data))
 
         def take(epochs: Iterable[int]) -> None:

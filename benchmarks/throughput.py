@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from longtail_experts.config import Config, make_config
-from longtail_experts.data.batches import MEAN, STD, batches_of, draw_epoch, load_batch, pad
+from longtail_experts.data.batches import MEAN, STD, batches_of, draw_epoch, loader_of
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.learning.at_once import at_once, beside_the_others
 from longtail_experts.learning.cost import peak_memory_bytes
@@ -115,8 +115,8 @@ class OurLoop:
         )
         self.seconds_to_compile = time.perf_counter() - started
         self.state.model.train()
-        padded, targets = pad(data.pixels("train")), data.targets("train")
-        self.load = partial(load_batch, padded.to(device), targets.to(device))
+        targets = data.targets("train")
+        self.load = loader_of(data.pixels("train"), targets, device)
         self.num_images, self.full_batches = len(targets), len(targets) // batch_size
         counts = data.class_counts("train")
         self.objective = objective_of("ce", counts, Knobs(), device)

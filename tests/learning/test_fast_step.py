@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtail_experts.data import batches
-from longtail_experts.data.batches import batches_of, draw_epoch, load_batch, pad
+from longtail_experts.data.batches import batches_of, draw_epoch, load_batch, loader_of
 from longtail_experts.learning import fast_step
 from longtail_experts.learning.at_once import at_once, beside_the_others
 from longtail_experts.learning.fast_step import (
@@ -111,7 +111,7 @@ def images(device: str = "cpu") -> partial:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (NUM_IMAGES, 8, 8, 3), dtype=torch.uint8, generator=generator)
     targets = torch.arange(NUM_IMAGES) % NUM_CLASSES
-    return partial(load_batch, pad(pixels).to(device), targets.to(device))
+    return loader_of(pixels, targets, device)
 
 
 def train(state, epochs=range(13), load=None, objective=objective, lr=0.2, precision="fp32"):

@@ -6,8 +6,8 @@ same on every device, and resuming at an epoch needs no generator state.
 
 import functools
 import hashlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,6 +143,11 @@ def load_batch(
     if share.shape[1]:
         return mix(images, share[0, 0]), (own, partners(own), share[0, 0])
     return images, own
+
+
+def loader_of(pixels: Tensor, targets: Tensor, device: str) -> Callable[..., Any]:
+    """`load_batch` of images uint8 [N, H, W, 3] and their targets, which live on `device`."""
+    return functools.partial(load_batch, pad(pixels).to(device), targets.to(device))
 
 
 def augmented_batches(

@@ -10,7 +10,7 @@ at a time, which has the turn: MLflow, Matplotlib and torch.export need not be s
 import gc
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -29,26 +29,18 @@ SWITCH_SECONDS = 1e-4
 class _Experts:
     """Those of one `at_once`."""
 
-    def __init__(self, num: int):
+    def __init__(self, names: Iterable[str]):
         self.turn = threading.Lock()
-        self.num_to_come = num  # who have not been ready to train yet; counted with the turn
+        self.to_come = set(names)  # who have not been ready to train yet; changed with the turn
         self.are_ready = threading.Event()
 
-
-class _Expert:
-    def __init__(self, among: _Experts):
-        self.among = among
-        self.is_ready = False
-
-    def get_ready(self) -> None:
-        """With the turn."""
-        self.among.num_to_come -= not self.is_ready
-        self.is_ready = True
-        if self.among.num_to_come == 0:
-            self.among.are_ready.set()
+    def has_come(self, name: str) -> None:
+        self.to_come.discard(name)
+        if not self.to_come:
+            self.are_ready.set()
 
 
-_expert: ContextVar[_Expert | None] = ContextVar("expert", default=None)
+_expert: ContextVar[tuple[_Experts, str] | None] = ContextVar("expert", default=None)
 
 
 def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, Result]:
@@ -56,20 +48,19 @@ def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, 
 
     Returns when all have ended, then raises what the first of them to have failed raised.
     """
-    experts = _Experts(len(work))
+    experts = _Experts(work)
 
-    def in_turn(do: Callable[[], Result]) -> Result:
-        expert = _Expert(experts)
-        _expert.set(expert)
+    def in_turn(name: str, do: Callable[[], Result]) -> Result:
+        _expert.set((experts, name))
         with experts.turn, _own_stream(device):
             try:
                 return do()
             finally:
-                expert.get_ready()
+                experts.has_come(name)
 
     with _python_for_threads(), ThreadPoolExecutor(len(work), "expert") as threads:
         try:
-            begun = {name: threads.submit(in_turn, do) for name, do in work.items()}
+            begun = {name: threads.submit(in_turn, name, do) for name, do in work.items()}
         except BaseException:  # those that have begun wait for one that does not come
             experts.are_ready.set()
             raise
@@ -87,8 +78,8 @@ def beside_the_others() -> Iterator[None]:
     if expert is None:
         yield
         return
-    experts = expert.among
-    expert.get_ready()
+    experts, name = expert
+    experts.has_come(name)
     experts.turn.release()
     try:
         experts.are_ready.wait()
@@ -103,7 +94,6 @@ def _python_for_threads() -> Iterator[None]:
     not looked through for garbage: half a second each time, in which no expert goes on."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
-    gc.collect()
     gc.freeze()
     try:
         yield

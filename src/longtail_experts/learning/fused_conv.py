@@ -22,9 +22,9 @@ from torch import Tensor
 TILE = 4096  # values that a program multiplies with a tap at a time
 EACH = 16384  # values of the output's gradient that one program sums up for the weights' gradient
 RUN = 64  # pixels of them at a time
+SUMMED = 8192  # values of partial sums that one program holds
 
 _beside: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # by the one that they run beside
-SUMMED = 8192  # values of partial sums that one program holds
 
 
 @triton.jit
@@ -199,18 +199,13 @@ class FusedConv(torch.autograd.Function):
 
 
 def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    num, _, height, width = x.shape
-    shape = {"H": height // stride, "W": width // stride, **_filter(weight), "STRIDE": stride}
-    y = torch.empty(
-        (num, shape["C_OUT"], shape["H"], shape["W"]),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    num_pixels, pixels = num * shape["H"] * shape["W"], TILE // shape["C_OUT"]
+    size = (len(x), len(weight), x.shape[2] // stride, x.shape[3] // stride)
+    order = torch.channels_last
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
+    num_pixels, pixels = y.numel() // len(weight), TILE // len(weight)
     _convolve[(triton.cdiv(num_pixels, pixels),)](
         *(x, weight, y, num_pixels),
-        **shape,
+        **_kind(y, weight, stride),
         PIXELS=pixels,
         **_taps(weight, 1),
         num_warps=_warps(pixels),
@@ -221,12 +216,12 @@ def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 def _input_gradient(
     x: Tensor, weight: Tensor, dy: Tensor, stride: int, other: Tensor | None
 ) -> Tensor:
-    num, channels, height, width = x.shape
+    channels = x.shape[1]
     wide = max(16, channels)
-    dx, num_pixels, pixels = torch.empty_like(x), num * height * width, TILE // wide
+    dx, num_pixels, pixels = torch.empty_like(x), x.numel() // channels, TILE // wide
     _input_gradients[(triton.cdiv(num_pixels, pixels),)](
         *(dy, weight, dx if other is None else other, dx, num_pixels),
-        **{"H": height, "W": width, **_filter(weight), "STRIDE": stride},
+        **_kind(x, weight, stride),
         PIXELS=pixels,
         WIDE=wide,
         ADDS=other is not None,
@@ -237,15 +232,15 @@ def _input_gradient(
 
 def _weight_gradient(x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> Tensor:
     """float32, in the weight's memory order."""
-    num, channels, height, width = dy.shape
-    num_pixels, each = num * height * width, EACH // channels
+    channels = dy.shape[1]
+    num_pixels, each = dy.numel() // channels, EACH // channels
     num_parts, num_weights = triton.cdiv(num_pixels, each), weight.numel()
     partial = x.new_empty((num_parts, num_weights), dtype=torch.float32)
     dw = torch.empty_like(weight)  # keeps channels last
     taps = _taps(weight, weight.shape[2])
     _weight_sums[(num_parts, triton.cdiv(weight.shape[2] ** 2, taps["NUM"]))](
         *(x, dy, partial, num_pixels),
-        **{"H": height, "W": width, **_filter(weight), "STRIDE": stride},
+        **_kind(dy, weight, stride),
         **taps,
         PIXELS=RUN,
         EACH=each,
@@ -278,9 +273,12 @@ def _another_stream(device: torch.device) -> Iterator[AbstractContextManager]:
         ours.wait_stream(theirs)
 
 
-def _filter(weight: Tensor) -> dict[str, int]:
+def _kind(images: Tensor, weight: Tensor, stride: int) -> dict[str, int]:
+    """What kernels are compiled for; the images are those that a program goes over."""
+    _, _, height, width = images.shape
     out_channels, in_channels, size, _ = weight.shape
-    return {"C_IN": in_channels, "C_OUT": out_channels, "SIZE": size}
+    channels = {"C_IN": in_channels, "C_OUT": out_channels}
+    return {"H": height, "W": width, **channels, "SIZE": size, "STRIDE": stride}
 
 
 def _taps(weight: Tensor, together: int) -> dict[str, int]:

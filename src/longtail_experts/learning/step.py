@@ -93,10 +93,9 @@ def start_training(
     """The state before the first step, on `device`.
 
     With `fast`, steps on a GPU are recorded and replayed, with `fused` those of this project's
-    kernels; on a CPU, a training in fp32 of
-    `planned_images` (epochs x images) that is long enough to repay it compiles the step for
-    batches of `batch_size`. That depends on these arguments alone, never on a timing, so that two
-    runs of one seed take the same steps.
+    kernels; on a CPU, a training in fp32 of `planned_images` (epochs x images) that is long enough
+    to repay it compiles the step for batches of `batch_size`. That depends on these arguments
+    alone, never on a timing, so that two runs of one seed take the same steps.
     """
     is_long = planned_images >= COMPILE_REPAID_AFTER
     worthwhile = fast and device == "cpu" and precision == "fp32" and is_long

@@ -18,8 +18,7 @@ from longtail_experts.data.batches import (
     EpochDraws,
     batches_of,
     draw_epoch,
-    load_batch,
-    pad,
+    loader_of,
     plain_batches,
 )
 from longtail_experts.data.dataset import Dataset
@@ -146,8 +145,7 @@ def train_epochs(
     """The epochs from `first_epoch` on, the first of which may be half done."""
     num_images = data.size("train")
     steps_per_epoch = steps_an_epoch(config, data)
-    padded = pad(data.pixels("train")).to(config.device)
-    ahead, load = as_it_is, partial(load_batch, padded, data.targets("train").to(config.device))
+    ahead, load = as_it_is, loader_of(data.pixels("train"), data.targets("train"), config.device)
     if config.augmentation != "plain":  # its kernels are chosen on the CPU: none can record that
         ahead, load = load, as_it_is
 
