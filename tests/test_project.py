@@ -77,6 +77,7 @@ def test_the_strong_card_is_long_and_augmented():
     assert lr_of(200 * 85) == pytest.approx(0.05)
 
 
+@pytest.mark.slow
 def test_what_the_launcher_shows_of_a_refusal(store):
     """`mlflow run`, for real: the run that it makes ends FAILED, and its page says why."""
     import mlflow

@@ -3,10 +3,11 @@
 import argparse
 
 import pytest
-import torch
 from agreement import comparison, config_of, layers_apart
+from conftest import TINY_EXPERT
 from scipy import stats
 
+from longtail_experts.config import make_config
 from longtail_experts.stages.inputs import load_dataset
 
 
@@ -25,8 +26,6 @@ def test_milestones_move_with_the_epochs():
     assert (config.epochs, config.seed, config.fused) == (32, 3, True)
 
 
-def test_on_a_cpu_no_layer_has_kernels_to_compare():
-    config = config_of(argparse.Namespace(data_dir=None, epochs=32), seed=0, is_fused=True)
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_on_a_cpu_no_layer_has_kernels_to_compare(image_folder):
+    config = make_config({**TINY_EXPERT, "data_dir": str(image_folder), "fused": "true"})
     assert list(layers_apart(config, load_dataset(config))) == []

@@ -2,6 +2,11 @@ import pytest
 import torch
 
 
+@pytest.fixture
+def small_network():
+    """Not here: the network of the experts is looked at."""
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Tensors this small only lose by threads, and much where the cores are busy."""

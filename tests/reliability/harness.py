@@ -14,6 +14,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from longtail_experts.learning import resnet
+
 # A server that has imported everything forks each training: milliseconds where a start from
 # nothing takes eight seconds. It runs no OpenMP region itself, which would not survive a fork.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -31,7 +33,9 @@ PATIENCE = float(os.environ.get("LONGTAIL_TEST_PATIENCE", "300"))
 TIMED = {"train/images_per_second", "peak_memory_bytes"}  # these differ between equal runs
 
 
-def _work(arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
+def _work(
+    arguments: list[str], environment: dict[str, str], folder: str, log: str, blocks: int
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -41,6 +45,7 @@ def _work(arguments: list[str], environment: dict[str, str], folder: str, log: s
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from longtail_experts.cli import main
 
+    resnet.BLOCKS_PER_STAGE = blocks
     code = main(arguments)
     sys.stdout.flush()
     os._exit(code)
@@ -53,7 +58,13 @@ class Training:
         self.log = folder / f"training-{time.monotonic_ns()}.log"
         self.process = PROCESSES.Process(
             target=_work,
-            args=(arguments, {**os.environ, **environment}, str(folder), str(self.log)),
+            args=(
+                arguments,
+                {**os.environ, **environment},
+                str(folder),
+                str(self.log),
+                resnet.BLOCKS_PER_STAGE,
+            ),
             daemon=True,  # a failed test leaves none behind
         )
         self.process.start()

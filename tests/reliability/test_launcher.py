@@ -140,6 +140,11 @@ def test_an_output_folder_of_any_name_is_that_folder(finished, tmp_path):
 
 
 @pytest.fixture
+def small_network():
+    """Not here: other processes train too."""
+
+
+@pytest.fixture
 def project(store) -> Path:
     """A working folder with the project and an empty store in it, as `mlflow run .` expects."""
     for name in ("MLproject", "conda.yaml", "configs", "src"):

@@ -209,7 +209,9 @@ def test_different_splits_are_refused_unless_asked_for(altered_splits, capsys):
     assert "### Different splits" in read(run.info.run_id, "report.md")
 
 
-def test_experts_of_two_imbalance_factors(store, image_folder, tiny_arguments, capsys):
+def test_experts_of_two_imbalance_factors(
+    store, image_folder, tiny_arguments, blank_figures, capsys
+):
     """For real: other counts, other training and test images, other priors."""
     few = {
         "imbalance_profile": "exp",

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import CLASS_COUNTS, use_store
+from conftest import CLASS_COUNTS, use_blank_figures, use_small_network, use_store
 from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
@@ -22,6 +22,8 @@ def literature(tmp_path_factory, migrated_database, tiny_arguments) -> dict:
     """A store with one expert of each of two losses, trained on the whole pool."""
     folder = tmp_path_factory.mktemp("literature")
     with pytest.MonkeyPatch.context() as patch:
+        use_blank_figures(patch)
+        use_small_network(patch)
         use_store(folder, migrated_database, patch)
         arguments = [
             *tiny_arguments,

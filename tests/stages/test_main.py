@@ -224,7 +224,7 @@ def test_checkpoints_hold_plain_float32(finished):
 
 
 @pytest.fixture
-def together(monkeypatch):
+def together(monkeypatch, blank_figures):
     """As on a GPU: experts train at the same time. Calls what a test appends before each epoch."""
     before_epoch = []
     original = train_stage.train_epoch
@@ -237,6 +237,14 @@ def together(monkeypatch):
     monkeypatch.setattr(main_stage, "trains_at_once", lambda config: True)
     monkeypatch.setattr(train_stage, "train_epoch", train_epoch)
     return before_epoch
+
+
+@pytest.fixture
+def only_trains(monkeypatch):
+    monkeypatch.setattr(main_stage, "load_trained", lambda *arguments: None)
+    monkeypatch.setattr(main_stage, "calibrate_expert", lambda *arguments: None)
+    monkeypatch.setattr(main_stage.experts, "describe_parent", lambda *arguments: None)
+    monkeypatch.setattr(main_stage.compare, "into", lambda *arguments: None)
 
 
 @pytest.fixture
@@ -312,7 +320,7 @@ def test_experts_do_not_wait_for_each_other_with_their_temperatures(
 
 
 def test_while_experts_train_at_the_same_time_nothing_imported_is_looked_through(
-    store, tiny_arguments, together
+    store, tiny_arguments, together, only_trains
 ):
     tracked, left_alone = len(gc.get_objects()), []
     together.append(lambda state: left_alone.append(gc.get_freeze_count()))
@@ -351,16 +359,13 @@ def test_only_on_a_gpu_experts_train_at_the_same_time():
 
 @pytest.mark.parametrize("before", ["", "\n"])
 def test_one_failed_child_does_not_stop_the_others(
-    before, store, tiny_arguments, monkeypatch, capfd
+    before, store, tiny_arguments, only_trains, monkeypatch, capfd
 ):
     def train(run, config, data):
         if config.loss == "logit_adjust":
             raise main_stage.NonFiniteLossError(f"{before}loss is not finite at step 3 (lr 0.4)")
 
     monkeypatch.setattr(main_stage, "train_expert", train)
-    monkeypatch.setattr(main_stage, "load_trained", lambda *arguments: None)
-    monkeypatch.setattr(main_stage, "calibrate_expert", lambda *arguments: None)
-    monkeypatch.setattr(main_stage.experts, "describe_parent", lambda *arguments: None)
     assert main(["main", "--loss", "all", *tiny_arguments]) == 1
     status = {run.data.tags.get("expert", "all"): run.info.status for run in all_runs()}
     assert status == {

@@ -22,6 +22,11 @@ from longtail_experts.tracking.report import LONGEST_DESCRIPTION, fitting
 ENDLESS_WARMUP = ("--epochs", "2000", "--warmup_steps", "100000")
 
 
+@pytest.fixture
+def small_network():
+    """Not here: room is asked for as for ResNet-32."""
+
+
 def runs() -> list:
     experiment = mlflow.get_experiment_by_name("tests")
     return MlflowClient().search_runs([experiment.experiment_id]) if experiment else []

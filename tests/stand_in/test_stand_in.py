@@ -32,6 +32,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture
+def small_network():
+    """Not here: other processes train too."""
+
+
+@pytest.fixture
 def source(tmp_path) -> Path:
     """The project's, where CUDA has another name and forward passes are recorded early."""
     folder = tmp_path / "src"

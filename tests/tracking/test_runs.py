@@ -1,12 +1,5 @@
 """What the store is given, and what it is spared."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import mlflow
 import pytest
 from mlflow import MlflowClient
@@ -102,27 +95,6 @@ def test_pickled_code_in_a_checkpoint_is_not_run(store):
     with pytest.raises(RunError, match=r"checkpoints/best\.pt is damaged"):
         read_checkpoint(run, "best")
     assert not (store / "executed").exists()
-
-
-def test_sigterm_ends_the_run_as_killed(store, tiny_arguments):
-    command = [sys.executable, "-m", "longtail_experts", "train", *tiny_arguments]
-    source = Path(__file__).resolve().parents[2] / "src"
-    process = subprocess.Popen(
-        [*command, "--epochs", "5000", "--fast", "false"],
-        env={**os.environ, "PYTHONPATH": str(source)},
-        stderr=subprocess.DEVNULL,
-    )
-    client, runs = MlflowClient(), []
-    deadline = time.monotonic() + 120
-    while not any("train/loss" in run.data.metrics for run in runs):
-        assert process.poll() is None, "ended before it was asked to"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-        experiment = mlflow.get_experiment_by_name("tests")
-        runs = client.search_runs([experiment.experiment_id]) if experiment else []
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    assert client.get_run(runs[0].info.run_id).info.status == "KILLED"
 
 
 def test_mlflow_does_not_end_a_run_whose_status_could_not_be_set(store, monkeypatch):
