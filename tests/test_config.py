@@ -459,6 +459,7 @@ def test_none_in_yaml(recipe_file, text):
         ("epochs: abc", "epochs=abc: "),
         ("lr: yes", "lr=true: not a yes/no field"),
         ("1: 2", "unknown field '1'"),
+        ("epochs: 256\nlr: 0.1\nepochs: 2", "epochs: given 2 times"),
         ("", "must hold `field: value` lines"),
         ("- epochs", "must hold `field: value` lines"),
         ("epochs: [1", "cannot be read"),

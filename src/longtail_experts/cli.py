@@ -293,13 +293,13 @@ def _finish(work: Callable[[], str]) -> int:
     """Run a stage that returns its run id; the exit code."""
     from longtail_experts.learning.step import NonFiniteLossError
     from longtail_experts.stages.main import ExpertsFailedError
-    from longtail_experts.tracking.runs import RunError, StoreError
+    from longtail_experts.tracking.runs import FAILURES, StoreError
 
     try:
         print(f"run {work()} FINISHED")
     except StoreError as error:
         return _complain(error, 2)
-    except (NonFiniteLossError, RunError, ExpertsFailedError) as error:
+    except (NonFiniteLossError, ExpertsFailedError, *FAILURES) as error:
         return _complain(error, 1)
     return 0
 
@@ -309,9 +309,13 @@ def _begun_run() -> str | None:
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id is None:
         return None
+    from longtail_experts.tracking.runs import RunError
     from longtail_experts.tracking.stale import was_begun
 
-    return run_id if was_begun(run_id) else None
+    try:
+        return run_id if was_begun(run_id) else None
+    except RunError as error:
+        raise ConfigError(f"MLFLOW_RUN_ID: {error}") from None
 
 
 def _resume(run_id: str, config_name: str, given: dict[str, str]) -> int:
@@ -333,8 +337,12 @@ def _resume(run_id: str, config_name: str, given: dict[str, str]) -> int:
     if begun is None:
         return 0
     stage = train_stage if begun.stage == "train" else main_stage
-    with begun.launcher:
-        return _finish(lambda: stage.resume(begun.run, begun.config, begun.data))
+
+    def go_on() -> str:
+        with begun.launcher:  # which fails where this does
+            return stage.resume(begun.run, begun.config, begun.data)
+
+    return _finish(go_on)
 
 
 def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:

@@ -6,6 +6,7 @@ are written `96,192,224`; off is `none`.
 
 import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -371,11 +372,15 @@ def parse_mapping(text: str, what: str) -> dict[Any, Any]:
     if len(text) > MAX_RECIPE:
         raise ConfigError(f"{what}: longer than {MAX_RECIPE:,} characters")
     try:
-        values = yaml.safe_load(text)
+        root, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except (ValueError, TypeError, OverflowError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{what}: must hold `field: value` lines")
+    given = Counter(name.value for name, _ in root.value if isinstance(name, yaml.ScalarNode))
+    for name, times in given.items():
+        if times > 1:
+            raise ConfigError(f"{what}: {shorten(name)}: given {times} times")
     return values
 
 

@@ -520,6 +520,27 @@ def test_other_modes_become_rgb(colour_folder, mode):
     assert np.array_equal(folder_images(colour_folder).train_images[1], expected)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_a_channel_are_refused(colour_folder, dtype):
+    """Pillow would take all above 255 for white."""
+    wide = next((colour_folder / "train").rglob("*.png"))
+    ramp = np.linspace(0, 60_000, 32 * 32).reshape(32, 32).astype(dtype)
+    wide.unlink()
+    Image.fromarray(ramp).save(wide.with_suffix(".png" if dtype == np.uint16 else ".tiff"))
+    with pytest.raises(DataError, match="give 8 bits a channel"):
+        load_images("images", str(colour_folder))
+
+
+def test_a_second_copy_of_a_parquet_is_refused(parquet_dir):
+    copy = parquet_dir / "old" / "test-00000-of-00001.parquet"
+    copy.parent.mkdir()
+    original = next(parquet_dir.glob("test*.parquet"))
+    original = original.rename(parquet_dir / copy.name)
+    copy.write_bytes(original.read_bytes())
+    with pytest.raises(DataError, match="have one name: keep one"):
+        load(parquet_dir)
+
+
 def test_class_in_one_half_only_is_named(colour_folder):
     (colour_folder / "test" / "ant").rename(colour_folder / "test" / "bee")
     with pytest.raises(DataError, match="same class folders; only in one of them: ant, bee"):

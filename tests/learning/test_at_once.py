@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -150,3 +151,20 @@ def test_flags_of_the_process_belong_to_one_thread_at_a_time(first, second):
     at_once({"stays": stays, "comes": comes}, "cpu")
     assert order == [("stays", first is own_flags), ("comes", second is own_flags)]
     assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_an_expert_without_a_stream_leaves_the_others_to_train(monkeypatch):
+    """As where the device has no memory left for one."""
+    streams = [nullcontext(), None]  # None is nothing to enter
+    monkeypatch.setattr("longtail_experts.learning.at_once._own_stream", lambda _: streams.pop(0))
+    trained = threading.Event()
+
+    def trains():
+        with beside_the_others():
+            trained.set()
+
+    with ThreadPoolExecutor(1) as threads:
+        ended = threads.submit(at_once, {"a": trains, "b": trains}, "cuda")
+        with pytest.raises((TypeError, AttributeError)):
+            ended.result(LONG)
+    assert trained.is_set()

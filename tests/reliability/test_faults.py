@@ -1,6 +1,7 @@
 """A store that is away, locked or full; a disk that is; an artifact root that is not there."""
 
 import errno
+import os
 import shutil
 import sqlite3
 import threading
@@ -261,6 +262,30 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(run, monkeypatch):
 
 
 # --- artifact roots -----------------------------------------------------------------------------
+
+
+def test_a_journal_that_cannot_grow_is_said_and_leaves_the_run_to_the_next(run):
+    def fill() -> None:
+        with Recorder(run) as recorder, Path("/dev/full").open("w") as full:
+            os.dup2(full.fileno(), recorder._file.fileno())
+            recorder.log_points([("lr", 0.1, 0)])
+
+    with pytest.raises(RunError, match="No space left"):
+        fill()
+    with Recorder(run):
+        pass
+
+
+def test_a_checkpoint_is_sent_from_a_disk_without_hard_links(run, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with Recorder(run) as recorder:
+        recorder.save_checkpoint("last", checkpoint(3))
+        recorder.finish(20)
+    stored = torch.load(run.client.download_artifacts(run.run_id, "checkpoints/last.pt"))
+    assert stored["step"] == 3
 
 
 def test_an_artifact_root_that_cannot_be_written_is_said_before_training(

@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,11 @@ from reliability.harness import all_runs, history, last_checkpoint, of_reference
 
 from longtail_experts.cli import main
 from longtail_experts.learning import step as steps
+from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages.inputs import load_dataset
 from longtail_experts.tracking.experts import recorded_config
 from longtail_experts.tracking.recorder import Recorder, local_folder
-from longtail_experts.tracking.runs import Run
+from longtail_experts.tracking.runs import Run, RunError
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -42,6 +45,14 @@ def interrupt_after(points: int, run_id: list[str]) -> threading.Thread:
 
 def ctrl_c(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@contextmanager
+def away(run: Run, path: str) -> Iterator[Path]:
+    """In place of Run.read_artifact: this one file cannot be read."""
+    if path == "checkpoints/last.pt":
+        raise RunError(f"run {run.run_id}: artifact {path} cannot be read (Input/output error)")
+    yield Path(MlflowClient().download_artifacts(run.run_id, path))
 
 
 @pytest.fixture
@@ -177,6 +188,36 @@ def test_a_parent_on_other_images_than_its_children_is_refused(
     monkeypatch.setattr(Run, "status", "KILLED")
     assert main(["main", "--resume", three_experts["all"]]) == 2
     assert f"run {child.run_id}: was trained on splits" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_trained_over(
+    store, interrupted, monkeypatch, capfd
+):
+    """On another machine, where only the store has it."""
+    run_id = interrupted("train", "ce", 20)
+    shutil.rmtree(store / ".cache/runs")
+    before = last_checkpoint(run_id)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "read_artifact", away)
+        assert main(["train", "--resume", run_id]) == 1
+    assert "checkpoints/last.pt cannot be read" in capfd.readouterr().err
+    assert last_checkpoint(run_id)["step"] == before["step"] > 0
+
+
+def test_the_launchers_run_ends_as_the_training_that_it_resumed(
+    store, interrupted, monkeypatch, capfd
+):
+    run_id = interrupted("train", "ce", 3)
+    launched = MlflowClient().create_run(Run(run_id).experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+
+    def diverges(*_: object) -> None:
+        raise NonFiniteLossError("loss is not finite at step 3 (lr 0.4)")
+
+    monkeypatch.setattr("longtail_experts.stages.train.train_expert", diverges)
+    assert main(["train", "--resume", run_id]) == 1
+    assert "error: loss is not finite" in capfd.readouterr().err
+    assert (Run(run_id).status, Run(launched).status) == ("FAILED", "FAILED")
 
 
 def test_a_last_checkpoint_not_yet_sent_at_the_end_is_sent_by_resuming(

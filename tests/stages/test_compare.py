@@ -19,9 +19,10 @@ from sklearn.metrics import balanced_accuracy_score
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
 from longtail_experts.config import make_config
+from longtail_experts.stages import compare
 from longtail_experts.tracking import comparison, comparison_figures
 from longtail_experts.tracking.comparison import distinct_labels
-from longtail_experts.tracking.runs import RunError
+from longtail_experts.tracking.runs import RunError, start_run
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
 FIGURES = {"per_class", "head_tail", "posthoc", "reliability", "pairs", "ensemble"}
@@ -398,3 +399,27 @@ def test_the_parent_of_loss_all_can_be_studied_too(experts_copy):
         metrics = MlflowClient().get_run(row["run_id"]).data.metrics
         balanced = "test_balanced/balanced_accuracy"
         assert float(row[f"metrics.{balanced}"]) == metrics[balanced]
+
+
+def test_a_parent_compared_again_holds_the_ensembles_of_all_its_experts(
+    experts_copy, blank_figures
+):
+    """As one that was resumed after an expert had failed."""
+    with start_run("parent", {"stage": "all"}) as parent:
+        compare.into(parent, [experts_copy[loss] for loss in LOSSES[:2]])
+        of_two = parent.metrics
+        compare.into(parent, [experts_copy[loss] for loss in LOSSES])
+    of_three = MlflowClient().get_run(experts_copy["all"]).data.metrics
+    assert parent.metrics == of_three
+    assert of_two.keys() == of_three.keys()
+    assert of_two != of_three
+
+
+def test_a_deployment_that_experts_cannot_have_is_refused_before_a_run_is_started(
+    experts_copy, monkeypatch, capsys
+):
+    monkeypatch.setattr(comparison, "deployment_priors", lambda targets, num_classes: {})
+    before = len(all_runs())
+    assert main(["compare", "--deployment", "test_lt"]) == 2
+    assert "deployment=test_lt" in capsys.readouterr().err
+    assert len(all_runs()) == before

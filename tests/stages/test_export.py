@@ -57,6 +57,11 @@ def test_the_tree_that_argse_reads(finished, tmp_path, caplog):
     [
         ({"imbalance_profile": "exp", "imbalance_factor": 100.0}, "cifar100_lt_if100"),
         ({"imbalance_profile": "exp", "imbalance_factor": 10.0}, "cifar100_lt_if10"),
+        (
+            {"imbalance_profile": "exp", "imbalance_factor": 10.0, "images_per_class": 500}
+            | {"source": "cifar10"},
+            "cifar10_lt_if10_n500",
+        ),
         ({"imbalance_profile": "step", "imbalance_factor": 50.0}, "cifar100_lt_step_if50"),
         ({"imbalance_profile": "natural", "imbalance_factor": None}, "cifar100_natural"),
         (
@@ -120,3 +125,22 @@ def test_a_failed_write_leaves_no_file(finished, tmp_path, monkeypatch):
         export.run([finished["ce"]], tmp_path)
     assert not list(tmp_path.rglob("*.pt"))
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_experts_of_other_splits_are_not_put_beside_those_that_are_there(
+    finished, tmp_path, capsys
+):
+    def export(loss: str) -> int:
+        return main(["export", "--run_ids", finished[loss], "--out", str(tmp_path / "out")])
+
+    def there() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+    assert export("ce") == 0
+    assert export("logit_adjust") == 0  # of the same splits
+    indices = tmp_path / "out/data/images_natural_splits/calib_indices.json"
+    indices.write_text(json.dumps(json.loads(indices.read_text())[::-1]))
+    before = there()
+    assert export("balanced_softmax") == 2
+    assert "calib_indices.json holds rows of other splits" in capsys.readouterr().err
+    assert there() == before

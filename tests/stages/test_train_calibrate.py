@@ -94,6 +94,30 @@ def test_calibrate_refuses_what_another_is_calibrating(store, trained_briefly, c
     assert "another process is going on with it already" in capfd.readouterr().err
 
 
+def test_calibrate_refuses_what_runs_on_another_host(store, trained_briefly, capfd):
+    client, run_id = MlflowClient(), trained_briefly.info.run_id
+    client.set_tag(run_id, "host", "elsewhere")
+    client.update_run(run_id, "RUNNING")
+    assert main(["calibrate", "--run_id", run_id]) == 2
+    assert "is RUNNING on host elsewhere" in capfd.readouterr().err
+
+
+def test_a_training_resumed_after_its_calibration_keeps_its_page(store, briefly, monkeypatch):
+    def ctrl_c(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.experts, "describe_trained", ctrl_c)
+        assert main(["train", "--loss", "ce", *briefly]) == 130
+    run_id = only_run().info.run_id
+    assert main(["calibrate", "--run_id", run_id]) == 0
+    page = Run(run_id).tags["mlflow.note.content"]
+    monkeypatch.setattr(train, "train_expert", lambda *_: pytest.fail("trained again"))
+    assert main(["train", "--resume", run_id]) == 0
+    assert Run(run_id).tags["mlflow.note.content"] == page
+    assert Run(run_id).status == "FINISHED"
+
+
 def test_calibrate_refuses_what_it_cannot_use(store, trained_briefly, capfd, tmp_path):
     run_id = trained_briefly.info.run_id
 
@@ -168,6 +192,12 @@ def test_logits_that_are_not_finite_are_refused_before_anything_is_written(
     assert main(["calibrate", "--run_id", run_id]) == 2
     assert "logits of train are not finite" in capfd.readouterr().err
     assert not (path.parent / "final_calibrated.pt").exists()
+
+
+def test_a_schedule_without_steps_has_no_last_milestone():
+    """Where early stopping would otherwise wait for one that does nothing."""
+    assert train.last_milestone(make_config({"milestones": "96,192"})) == 192
+    assert train.last_milestone(make_config({"lr_schedule": "cosine"})) == 0
 
 
 def test_a_worse_validation_is_not_chosen_and_counts_against_patience():

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from reliability.harness import all_runs
 
@@ -18,7 +19,10 @@ from longtail_experts.tracking.interrupts import (
     stop_if_heeded,
 )
 from longtail_experts.tracking.patience import patiently
-from longtail_experts.tracking.runs import start_run
+from longtail_experts.tracking.recorder import Recorder
+from longtail_experts.tracking.runs import Run, start_run
+
+LONG = 600  # seconds: a test that took as long would be taken to hang
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +177,45 @@ def test_a_store_that_is_away_is_not_called_again_after_a_signal(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         patiently(away, 20)
     assert calls == ["refused"]
+
+
+def told(work):
+    """`work` in a thread that is to heed a SIGTERM, which has been noted."""
+
+    def heeds():
+        heed([signal.SIGTERM])
+        return work()
+
+    return in_a_thread(heeds)
+
+
+def away():
+    raise MlflowException("API request to /log-batch failed with exception: refused")
+
+
+def test_a_thread_told_to_stop_does_not_wait_for_a_store_that_is_away():
+    with pytest.raises(Terminated):
+        told(lambda: patiently(away, LONG))
+
+
+def test_a_thread_told_to_stop_still_waits_where_it_ends_its_run(monkeypatch):
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
+    left = [3]
+
+    def away_for_a_while():
+        left[0] -= 1
+        return away() if left[0] else "ended"
+
+    assert told(lambda: patiently(away_for_a_while, LONG, heeds=False)) == "ended"
+
+
+def test_a_thread_told_to_stop_does_not_wait_for_its_points_to_be_taken(store, monkeypatch):
+    run = Run(MlflowClient().create_run("0").info.run_id)
+    monkeypatch.setattr(run, "log_metric_points", lambda *_, **__: away())
+    with Recorder(run) as recorder:
+        recorder.log_points([("lr", 0.1, 0)])
+        with pytest.raises(Terminated, match=f"-P resume={run.run_id}"):
+            told(lambda: recorder.finish(LONG))
 
 
 def test_a_run_interrupted_in_any_query_ends_as_killed(store):

@@ -93,3 +93,12 @@ def test_wrong_content_is_refused_even_with_the_right_hash(logits):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RunError, match="expected finite float32 logits"):
         load_expert_logits(run_id)
+
+
+@pytest.mark.parametrize("temperature", [-0.5, 0, float("inf")])
+def test_a_temperature_that_is_none_is_refused(logits, temperature):
+    run_id, folder = logits
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "temperature": temperature}))
+    with pytest.raises(RunError, match="must be positive"):
+        load_expert_logits(run_id)

@@ -8,6 +8,8 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow.entities import LoggedModelStatus
+from mlflow.exceptions import MlflowException
 
 from longtail_experts import load_expert_logits
 from longtail_experts.data import batches
@@ -15,7 +17,9 @@ from longtail_experts.data.sources import folder_images
 from longtail_experts.learning.backend import exact_float32
 from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.tracking import model as model_module
+from longtail_experts.tracking import patience
 from longtail_experts.tracking.model import CalibratedExpert, exported
+from longtail_experts.tracking.runs import start_run
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -122,3 +126,29 @@ def test_the_model_opens_without_this_project(model_uri, expected, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
     np.testing.assert_allclose(np.load(tmp_path / "probabilities.npy"), uniform[:4], atol=1e-4)
+
+
+def test_a_model_is_logged_once_the_store_is_back(store, monkeypatch):
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
+    log, left = model_module.Model.log, [2]
+
+    def away(**arguments):
+        if left[0]:
+            left[0] -= 1
+            raise MlflowException("API request to /logged-models failed with exception: refused")
+        return log(**arguments)
+
+    with monkeypatch.context() as patch, start_run("a", {}) as run:
+        patch.setattr(model_module.Model, "log", away)
+        model_module.log_expert_model(
+            run,
+            build_resnet32(5, "pad", 0).eval(),
+            torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
+            temperature=1.0,
+            log_offset=torch.zeros(5),
+            prior=torch.ones(5) / 5,
+            step=0,
+        )
+    assert left == [0]
+    (logged,) = run.logged_models
+    assert logged.status == LoggedModelStatus.READY

@@ -8,6 +8,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from longtail_experts.cli import main
+from longtail_experts.tracking import patience
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.runs import Run, RunError, StoreError, open_run, start_run
 from longtail_experts.tracking.stale import offer_to_resume
@@ -161,3 +162,54 @@ def test_two_runs_that_record_one_data_set_at_once(store, monkeypatch, says, pas
             with pytest.raises(MlflowException, match="no such run"):
                 run.log_datasets(record)
             assert len(calls) == 1
+
+
+def test_a_child_is_where_its_parent_is(store, monkeypatch):
+    """Though the experiment is not named again when the parent is resumed."""
+    with start_run("parent", {"stage": "all"}) as parent:
+        pass
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    mlflow.tracking.fluent._active_experiment_id = None
+    with start_run("child", {"stage": "main"}, parent=parent) as child:
+        assert child.experiment_id == parent.experiment_id
+
+
+def test_a_child_is_begun_once_the_store_is_back(store, monkeypatch):
+    begin, left = mlflow.start_run, [3]
+
+    def away(**arguments):
+        if arguments["parent_run_id"] and left[0]:
+            left[0] -= 1
+            raise MlflowException("API request to /runs/create failed with exception: refused")
+        return begin(**arguments)
+
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(mlflow, "start_run", away)
+    with (
+        start_run("parent", {"stage": "all"}) as parent,
+        start_run("child", {"stage": "main"}, parent=parent) as child,
+    ):
+        assert child.tags["mlflow.parentRunId"] == parent.run_id
+    assert left == [0]
+    assert child.status == "FINISHED"
+
+
+@pytest.mark.parametrize("stage", ["main", "compare"])
+def test_a_record_is_not_overwritten_by_another_stage(stage, store, monkeypatch):
+    with start_run("mine", {"stage": stage}) as mine:
+        mine.describe("what came out")
+    before = mine.tags
+    monkeypatch.setenv("MLFLOW_RUN_ID", mine.run_id)
+    with (
+        pytest.raises(StoreError, match=f"is the run of a {stage} already.*leave out --run-id"),
+        start_run("data", {"stage": "data"}),
+    ):
+        pass
+    assert (mine.tags, mine.status) == (before, "FINISHED")
+
+
+def test_a_refused_run_may_be_used_again(store, monkeypatch):
+    launched = MlflowClient().create_run("0", tags={"stage": "refused"})
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
+    with start_run("data", {"stage": "data"}) as run:
+        assert run.run_id == launched.info.run_id

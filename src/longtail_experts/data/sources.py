@@ -33,6 +33,7 @@ MAX_ROWS = 60_000  # either CIFAR has 50,000 + 10,000
 MAX_UNPACKED = 2**30  # bytes of a parquet file's columns; CIFAR has 0.2 GB
 PARQUET_ROWS = 500  # decoded at a time
 MAX_IMAGE_BYTES = 100_000  # of one image of a parquet file; 32x32 pixels raw have 3,072
+WIDE_MODES = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}  # which Pillow would cut off at 255
 MAX_PIXELS = 50_000_000  # of one image of a folder, before it is decoded
 # Named, because Pillow goes by the content: it would run Ghostscript for PostScript in a .png.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -208,6 +209,10 @@ def parquet_files(folder: Path) -> list[Path]:
 
 def _cifar_parquet(cifar: Cifar, folder: Path) -> ImageData:
     files = parquet_files(folder)
+    by_name: dict[str, Path] = {}
+    for path in files:  # a copy in a folder further down would be read as more images
+        if (other := by_name.setdefault(path.name, path)) != path:
+            raise DataError(f"data_dir={folder}: {other} and {path} have one name: keep one")
     halves = {
         half: [path for path in files if path.name.startswith(half)] for half in ("train", "test")
     }
@@ -367,6 +372,8 @@ def _decode(file: BytesIO | Path, where: str, exactly: int | None = None) -> np.
                 raise DataError(f"{where}: image is {width}x{height}, not {exactly}x{exactly}")
             if width * height > MAX_PIXELS:
                 raise DataError(f"{where}: image of {width}x{height} is too large")
+            if image.mode in WIDE_MODES:
+                raise DataError(f"{where}: image of mode {image.mode}; give 8 bits a channel")
             image = image.convert("RGB")
             if image.size != (SIZE, SIZE):
                 image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)

@@ -52,9 +52,10 @@ def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, 
 
     def in_turn(name: str, do: Callable[[], Result]) -> Result:
         _expert.set((experts, name))
-        with experts.turn, _own_stream(device):
+        with experts.turn:
             try:
-                return do()
+                with _own_stream(device):
+                    return do()
             finally:
                 experts.has_come(name)
 

@@ -33,7 +33,7 @@ from longtail_experts.tracking.logits import SplitLogits, is_calibrated, write_l
 from longtail_experts.tracking.model import log_expert_model
 from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError, claimed, open_run
-from longtail_experts.tracking.stale import require_no_process
+from longtail_experts.tracking.stale import require_not_running
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def run(run_id: str, changes: dict[str, str]) -> None:
             with experts.launched_calibration_run(source):
                 print(f"run {run_id} is calibrated already; nothing was changed")
             return
-        if source.status == "RUNNING":
-            require_no_process(source)
+        require_not_running(source)
         experts.require_trained(source)
         config = resolve(experts.recorded_config(source).replace(**{"device": "auto"} | changes))
         data = load_dataset(config)

@@ -24,6 +24,8 @@ def run(choice: Choice, deployment: str = "uniform", different_splits: bool = Fa
     runs = comparison.chosen_runs(choice.run_ids, choice.experiment, choice.tags, choice.last)
     members = comparison.read_members(runs)
     same_splits = comparison.require_comparable(members, different_splits)
+    if same_splits:
+        comparison.prior_of_deployment(members[0], deployment)
     name = f"compare {', '.join(m.label for m in members)}"
     with start_run(name[:200], {"stage": "compare"}) as run_:
         parts = record(run_, members, deployment, same_splits)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longtail_experts.config import shorten
-from longtail_experts.data.sources import first_line
+from longtail_experts.data.sources import CIFARS, first_line
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.logits import ExpertLogits, load_expert_logits
 from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
@@ -78,9 +78,27 @@ def run(run_ids: list[str], out: Path) -> None:
         for split in ARGSE_SPLITS:
             targets = first.splits[split].targets.tolist()
             files[f"data/{name}_splits/{split}_targets.json"] = targets
+    _require_same_rows(out, files)
     with launched_run(f"export {name}", {"stage": "export"}):
         write_files(out, files)
     print(f"{len(files)} files of {', '.join(losses)} written below {out}")
+
+
+def _require_same_rows(out: Path, files: dict[str, Any]) -> None:
+    """Experts exported earlier to the same place must be of the same splits: the rows of their
+    logits are those of the indices there."""
+    for path, content in files.items():
+        there = out / path
+        if path.endswith("_indices.json") and there.exists():
+            try:
+                is_same = json.loads(there.read_text()) == content
+            except (OSError, ValueError):
+                is_same = False
+            if not is_same:
+                raise RunError(
+                    f"out={out}: {path} holds rows of other splits, exported before; give these "
+                    "experts another out"
+                )
 
 
 def dataset_name(manifest: dict[str, Any]) -> str:
@@ -94,7 +112,8 @@ def dataset_name(manifest: dict[str, Any]) -> str:
         name = f"{source}_natural"
     else:
         step = "step_" if profile == "step" else ""
-        fewer = f"_n{largest}" if largest not in (None, 500) else ""
+        of_source = CIFARS[source].largest if source in CIFARS else None
+        fewer = f"_n{largest}" if largest not in (None, of_source) else ""
         name = f"{source}_lt_{step}if{factor:g}{fewer}"
     if not re.fullmatch(r"[\w.+-]{1,100}", name) or name.startswith("."):
         raise ValueError(f"its settings make no folder name: {shorten(name)!r}")

@@ -51,6 +51,7 @@ from longtail_experts.stages.inputs import (
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.checkpoints import restore_rng, rng_states, weights_of
 from longtail_experts.tracking.interrupts import delayed_signals, raise_for
+from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.recorder import Recorder
 from longtail_experts.tracking.runs import Run, RunError, require_room
 from longtail_experts.tracking.stale import offer_to_resume
@@ -72,8 +73,10 @@ def resume(existing: Run, config: Config, data: Dataset) -> str:
 def _run(config: Config, data: Dataset, started: AbstractContextManager[Run]) -> str:
     with started as run_:
         offer_to_resume(run_)
-        train_expert(run_, config, data)
-        experts.describe_trained(run_, config)
+        if "training" not in run_.tags:
+            train_expert(run_, config, data)
+        if not is_calibrated(run_):
+            experts.describe_trained(run_, config)
     return run_.run_id
 
 
@@ -272,6 +275,9 @@ def progress_bar(config: Config, steps_per_epoch: int, done: int) -> tqdm:
 
 
 def last_milestone(config: Config) -> int:
+    """The epoch in which the rate last falls by a step; 0 under a schedule without steps."""
+    if config.lr_schedule == "cosine":
+        return 0
     return max((m for m in config.milestones if m < config.epochs), default=0)
 
 

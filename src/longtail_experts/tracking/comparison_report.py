@@ -319,7 +319,7 @@ def record_comparison(
     run.write_text("comparison/table.csv", as_csv(members))
     run.write_text(PAGE, page)
     if result is not None:
-        run.log_metrics(
+        run.replace_metrics(  # a parent that was resumed held those of fewer experts
             {
                 f"ensemble_{name.split()[0]}/{key}": value
                 for name in result.labels[len(members) :]

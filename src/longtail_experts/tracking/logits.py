@@ -1,6 +1,7 @@
 """Exported logits of an expert: written with hashes, read only where the hashes agree."""
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -93,6 +94,8 @@ def read_logits(run: Run) -> ExpertLogits:
         }
         files = {name: manifest["files"][name] for name in SPLITS if name in about["splits"]}
         expected = {name: (str(file["sha256"]), int(file["rows"])) for name, file in files.items()}
+    if not 0 < constants["temperature"] < math.inf:
+        raise RunError(f"{what}: temperature={constants['temperature']}: must be positive")
     splits = {}
     for name, (sha256, rows) in expected.items():
         with run.read_artifact(f"logits/{name}.npz") as path:

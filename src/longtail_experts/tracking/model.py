@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from longtail_experts.data.batches import normalise
 from longtail_experts.learning.backend import own_flags
 from longtail_experts.tracking import served_expert
-from longtail_experts.tracking.interrupts import delayed_signals
+from longtail_experts.tracking.patience import patience, patiently
 from longtail_experts.tracking.runs import Run
 
 
@@ -78,10 +78,8 @@ def log_expert_model(
     Probabilities are float32 [N, C]. A run has one: a model that is whole already is left alone,
     what is left of one that was cut off is deleted.
     """
-    for begun in run.logged_models:
-        if begun.status == LoggedModelStatus.READY:
-            return
-        run.client.delete_logged_model(begun.model_id)
+    if _is_logged(run):
+        return
     expert = CalibratedExpert(network.cpu(), temperature, log_offset, prior).eval()
     program = exported(expert, images)
     signature = ModelSignature(
@@ -90,7 +88,10 @@ def log_expert_model(
         params=ParamSchema([ParamSpec("prior", "string", "uniform")]),
     )
     versions = {"torch": torch.__version__, "numpy": np.__version__, "mlflow": mlflow.__version__}
-    with delayed_signals():
+
+    def log_whole() -> None:
+        if _is_logged(run):
+            return
         Model.log(
             artifact_path=None,
             name="expert",
@@ -108,6 +109,17 @@ def log_expert_model(
             validate_serving_input=False,  # takes seconds, to open what was just written
             prior=prior.tolist(),
         )
+
+    patiently(log_whole, patience())
+
+
+def _is_logged(run: Run) -> bool:
+    """Whether the run has its model; what is left of one that was cut off is deleted."""
+    for begun in run.logged_models:
+        if begun.status == LoggedModelStatus.READY:
+            return True
+        run.client.delete_logged_model(begun.model_id)
+    return False
 
 
 def _save_model(

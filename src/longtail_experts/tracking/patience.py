@@ -10,7 +10,7 @@ import requests
 from mlflow.exceptions import MlflowException
 
 from longtail_experts.data.sources import first_line
-from longtail_experts.tracking.interrupts import delayed_signals
+from longtail_experts.tracking.interrupts import delayed_signals, stop_if_heeded
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,12 +56,13 @@ def is_transient(error: BaseException) -> bool:
     return error.error_code == "TEMPORARILY_UNAVAILABLE" or any(text in says for text in TRANSIENT)
 
 
-def patiently(call: Callable[[], T], seconds: float) -> T:
+def patiently(call: Callable[[], T], seconds: float, heeds: bool = True) -> T:
     """The result of `call`, tried again with growing pauses for `seconds` while the error is one
     that passes; the last error otherwise.
 
     A signal waits for the end of a call, not for the next: SQLAlchemy interrupted in the middle
-    of a query leaves SQLite locked for this very process, which could not even end its run.
+    of a query leaves SQLite locked for this very process, which could not even end its run. One
+    that was noted, and is heeded here, ends the pauses, unless told that it `heeds` none.
     """
     deadline, pause, said = time.monotonic() + seconds, FIRST_PAUSE, False
     while True:
@@ -75,7 +76,11 @@ def patiently(call: Callable[[], T], seconds: float) -> T:
                     says = first_line(error)[:200]
                     log.warning("the tracking store does not answer (%s); trying again", says)
                     said = True
-        time.sleep(pause)
+        wakes = time.monotonic() + pause
+        while (left := wakes - time.monotonic()) > 0:
+            if heeds:
+                stop_if_heeded("while the tracking store does not answer")
+            time.sleep(min(left, 1.0))
         pause = min(2 * pause, LONGEST_PAUSE)
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mlflow.entities import Metric
 
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.checkpoints import CheckpointError, read_checkpoint, read_file
+from longtail_experts.tracking.interrupts import stop_if_heeded
 from longtail_experts.tracking.patience import FIRST_PAUSE, LONGEST_PAUSE, patience
 from longtail_experts.tracking.runs import BATCH, KILLED_PATIENCE, Run, RunError, StoreError
 
@@ -84,7 +86,8 @@ class Recorder:
             self._closing = True
             self._change.notify_all()
         self._thread.join(timeout=1)
-        self._file.close()
+        with suppress(OSError):  # a full disk, once more: it has been said
+            self._file.close()
         self._lock.release()
         if self._is_over:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -154,29 +157,37 @@ class Recorder:
             try:
                 found.append(read_checkpoint(self._run, "last"))
             except RunError as error:
+                if not found:  # to begin anew would write over it
+                    raise
                 log.warning("%s", error)
         return max(found, key=lambda content: content["step"], default=None)
 
-    def finish(self, seconds: float | None = None) -> None:
-        """Wait until the store has everything; UndeliveredError after `seconds` (patience())."""
+    def finish(self, seconds: float | None = None, heeds: bool = True) -> None:
+        """Wait until the store has everything; UndeliveredError after `seconds` (patience()). A
+        signal that this thread heeds ends the wait, unless told that it `heeds` none."""
         seconds = patience() if seconds is None else seconds
+        ends = time.monotonic() + seconds
         with self._change:
             self._due |= self._later
             self._later = {}
             self._in_haste = True
             self._change.notify_all()
-            if not self._change.wait_for(lambda: not (self._points or self._due), seconds):
-                raise UndeliveredError(
-                    f"run {self._run.run_id}: the tracking store has not taken "
-                    f"{len(self._points)} points and {len(self._due)} checkpoints within "
-                    f"{seconds:.0f} s ({self._problem}); they are kept in {self.folder}: when it "
-                    f"is back, -P resume={self._run.run_id}"
-                )
+            while self._points or self._due:
+                if heeds:
+                    stop_if_heeded(self.how_to_resume)
+                if (left := ends - time.monotonic()) <= 0:
+                    raise UndeliveredError(
+                        f"run {self._run.run_id}: the tracking store has not taken "
+                        f"{len(self._points)} points and {len(self._due)} checkpoints within "
+                        f"{seconds:.0f} s ({self._problem}); they are kept in {self.folder}: when "
+                        f"it is back, -P resume={self._run.run_id}"
+                    )
+                self._change.wait(min(left, 1.0))
 
     def finish_quietly(self) -> None:
         """On the way out of a run told to stop: what a few seconds do not deliver stays here."""
         try:
-            self.finish(KILLED_PATIENCE)
+            self.finish(KILLED_PATIENCE, heeds=False)
         except UndeliveredError as error:
             log.warning("%s", error)
 
@@ -260,7 +271,10 @@ class Recorder:
             if name not in self._due:  # saved once more meanwhile, and put off
                 return
             saved = self._due[name]
-            os.link(self.folder / f"{name}.pt", link)
+            try:
+                os.link(self.folder / f"{name}.pt", link)
+            except OSError:  # of a file system without such links
+                shutil.copyfile(self.folder / f"{name}.pt", link)
         started = time.monotonic()
         self._run.upload(link, "checkpoints", wait=False)
         link.unlink()

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlparse
@@ -64,6 +64,9 @@ class StoreError(RunError):
     """The store cannot take a run."""
 
 
+FAILURES = (RunError, MlflowException)  # of which one line says what there is to say
+
+
 class Run:
     """A handle on a run, whoever started it and whatever its status."""
 
@@ -91,6 +94,12 @@ class Run:
         now = int(time.time() * 1000)
         new = [Metric(n, float(v), now, step) for n, v in values.items() if n not in there]
         self.log_metric_points(new)
+
+    def replace_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """What the run holds another value of is logged anew: MLflow shows the newest of a step."""
+        there, now = self.metrics, int(time.time() * 1000)
+        new = [n for n, value in values.items() if there.get(n) != float(value)]
+        self.log_metric_points([Metric(n, float(values[n]), now, step) for n in new])
 
     def log_metric_points(self, points: list[Metric], wait: bool = True) -> None:
         """In requests of a thousand; `wait` for a store that is away, or raise at once."""
@@ -297,17 +306,27 @@ def start_run(
     uri = mlflow.get_tracking_uri()
     nested = parent is not None or mlflow.active_run() is not None
     run, status = None, "FAILED"
-    try:
-        with _store_at_fault(f"no run can be started in {uri}"), _first_contact(uri):
+
+    def open_it() -> None:
+        nonlocal run
+        with _first_contact(uri):
+            if existing is None and parent is None:
+                _require_nothing_recorded(launched_run_id())
             active = mlflow.start_run(
                 run_id=existing and existing.run_id,
                 nested=nested,
                 parent_run_id=parent and parent.run_id,
+                experiment_id=parent and parent.experiment_id,
                 # At once, so that a run cut off in this moment is seen as ours.
                 tags={**tags, **process_tags()},
                 log_system_metrics=system_metrics and os.environ.get(SYSTEM_METRICS) != "false",
             )
             run = Run(active.info.run_id)
+
+    try:
+        # A child waits for a store that is away: its parent has begun.
+        with _store_at_fault(f"no run can be started in {uri}"):
+            patiently(open_it, patience() if parent else 0.0)
         if existing is None and (GENERATED_NAME.fullmatch(run.name) or name.startswith("DEMO")):
             run.rename(name)
         _require_usable_artifact_root(run)
@@ -326,9 +345,22 @@ def start_run(
             raise
 
 
+def _require_nothing_recorded(run_id: str | None) -> None:
+    """Of a run that `mlflow run --run-id` names: an expert's must not become another stage's."""
+    if run_id is None:
+        return
+    stage = Run(run_id).plain_client.get_run(run_id).data.tags.get("stage")
+    if stage not in (None, "refused"):
+        raise StoreError(
+            f"MLFLOW_RUN_ID={run_id}: is the run of a {stage} already, which would be overwritten; "
+            "leave out --run-id"
+        )
+
+
 def _end(run: Run, status: str, seconds: float) -> None:
     try:
-        patiently(lambda: run.plain_client.set_terminated(run.run_id, status), seconds)
+        set_status = partial(run.plain_client.set_terminated, run.run_id, status)
+        patiently(set_status, seconds, heeds=False)
     except Exception as error:  # the exception under way, or the work done, matters more
         log.warning(
             "run %s: its status could not be set to %s (%s); `mlflow run . -e reap` does that "

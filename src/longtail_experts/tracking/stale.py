@@ -82,6 +82,11 @@ def require_resumable(run: Run) -> None:
     stage = run.tags.get("stage")
     if stage not in RESUMABLE_STAGES:
         raise RunError(f"run {run.run_id}: is no training (its stage is {stage})")
+    require_not_running(run)
+
+
+def require_not_running(run: Run) -> None:
+    """RunError for a run that another process may be filling, on this host or another."""
     if run.status == "RUNNING":
         require_no_process(run)
         if not is_on_this_host(run.tags):
