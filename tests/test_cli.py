@@ -1,5 +1,6 @@
 """Bad input: one line of ours, exit code 2, no store touched."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,16 @@ def test_a_store_that_is_away_does_not_hide_the_refusal(tmp_path, monkeypatch, c
     monkeypatch.setenv("MLFLOW_RUN_ID", "1" * 32)
     assert main(["main", "--epoch", "2"]) == 2
     assert "error: unknown field 'epoch'" in capfd.readouterr().err
+
+
+def test_names_of_levels_are_left_as_others_know_them(capsys):
+    """PyTorch, for one, puts them in front of its own warnings."""
+    assert main(["main", "--epoch", "2"]) == 2
+    assert logging.getLevelName(logging.WARNING) == "WARNING"
+
+
+def test_a_launched_run_that_the_store_does_not_know_is_one_line(store, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    assert main(["main", "--config", "demo"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: MLFLOW_RUN_ID: run_id=000")

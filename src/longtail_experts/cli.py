@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from longtail_experts.config import (
+    MLFLOW_RUN,
     Config,
     ConfigError,
     load_config,
@@ -81,12 +82,19 @@ DEMO_BANNER = """\
 *******************************************************************************"""
 
 
+class _OneLine(logging.Formatter):
+    """`warning: what there is to say`, beside the `error: ` of a refusal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
 def main(arguments: list[str]) -> int:
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # Importing mlflow.pytorch sets the root to ERROR where nothing has been set before.
     logging.getLogger("longtail_experts").setLevel(logging.WARNING)
-    for level in (logging.WARNING, logging.ERROR):
-        logging.addLevelName(level, logging.getLevelName(level).lower())
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
         return _dispatch(arguments)
@@ -125,7 +133,7 @@ def parser() -> Parser:
         prog="longtail_experts",
         description="Calibrated ResNet-32 experts on CIFAR-100-LT, recorded in MLflow.",
         epilog="`longtail_experts ENTRY_POINT --help` lists its parameters. The same through "
-        "MLflow: mlflow run . -e ENTRY_POINT -P field=value",
+        f"MLflow: {MLFLOW_RUN} -e ENTRY_POINT -P field=value",
         allow_abbrev=False,
     )
     entries = top.add_subparsers(dest="entry_point", metavar="ENTRY_POINT", required=True)

@@ -6,6 +6,7 @@ are written `96,192,224`; off is `none`.
 
 import difflib
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,10 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+# What a command to type begins with. MLflow calls an environment that it made itself mlflow-...; in
+# one of the user's own it has to be told to stay.
+_IN_MLFLOWS_OWN = Path(sys.prefix).name.startswith("mlflow-")
+MLFLOW_RUN = "mlflow run ." + ("" if _IN_MLFLOWS_OWN else " --env-manager local")
 LOSS_NAMES = ("ce", "logit_adjust", "balanced_softmax")  # of loss=all
 
 

@@ -15,7 +15,7 @@ import pytest
 from reliability.harness import wait_until
 from reliability.servers import Server
 
-from longtail_experts.config import load_config
+from longtail_experts.config import MLFLOW_RUN, load_config
 from longtail_experts.tracking.experts import start_expert_run
 from longtail_experts.tracking.runs import Run
 
@@ -111,7 +111,7 @@ def test_an_experts_page_opens_with_its_result(open_run_page, page, finished):
     row = name.locator("xpath=..").inner_text()
     assert row.split()[:3] == ["balanced", f"{100 * balanced:.2f}", "±"]
     see(page, "Success checklist")
-    see(page, "mlflow run . -P loss=logit_adjust -P config=cifar100_lt -P source=images")
+    see(page, f"{MLFLOW_RUN} -P loss=logit_adjust -P config=cifar100_lt -P source=images")
     see(page, run.data.params["splits_sha256"][:12])
     see(page, run.data.tags["git.commit"][:12] if "git.commit" in run.data.tags else "unknown")
 

@@ -20,7 +20,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
-from longtail_experts.config import Config, make_config
+from longtail_experts.config import MLFLOW_RUN, Config, make_config
 from longtail_experts.stages import calibrate as calibrate_stage
 from longtail_experts.stages import main as main_stage
 from longtail_experts.stages import train as train_stage
@@ -113,7 +113,7 @@ def test_the_parent_holds_a_table_of_its_experts(finished):
     for loss in LOSSES:
         assert finished[loss] in parent.data.tags["mlflow.note.content"]
     note = parent.data.tags["mlflow.note.content"]
-    assert "to repeat: `mlflow run . -P loss=all -P config=cifar100_lt -P source=images" in note
+    assert f"to repeat: `{MLFLOW_RUN} -P loss=all -P config=cifar100_lt -P source=images" in note
     child = MlflowClient().get_run(finished["ce"])
     assert child.data.params["splits_sha256"][:12] in note
 

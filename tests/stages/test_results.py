@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from longtail_experts.cli import main
+from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.tracking.published import PUBLISHED
 
 LITERATURE = {"protocol": "literature", "subset_rule": "ldam"}
@@ -135,7 +136,8 @@ def test_the_page_says_how_it_was_made_and_not_where(short, tmp_path):
     assert command in text
     assert "grid: {loss: [ce, logit_adjust], seed: [0, 1, 2]}" in text
     assert "data_dir: <images>, epochs: 64" in text
-    assert "-P loss=logit_adjust -P config=cifar100_lt -P epochs=64" in text
+    again = f"{MLFLOW_RUN} -P loss=logit_adjust -P config=cifar100_lt -P epochs=64"
+    assert re.search(f"^{again} .*-P data_dir=<images>$", text, re.MULTILINE)
     assert "git.commit cccccccccccc" in text
     assert "precision fp32" in text
     absolute = results(short, out=str(tmp_path / "elsewhere" / "page.md"))

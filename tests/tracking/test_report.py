@@ -5,6 +5,7 @@ import math
 import pytest
 
 from longtail_experts.tracking.report import (
+    calibration_markdown,
     checklist_markdown,
     checkpoints_load,
     fitting,
@@ -61,3 +62,10 @@ def test_what_fits_is_measured_with_its_air():
     part = table(("a", "b"), [["x", "1"]] * 700)
     assert len(part) < 8000 < len(with_air(part))
     assert fitting(["start", part], "more") == "start\n\nmore"
+
+
+@pytest.mark.parametrize("at_bound", [False, True])
+def test_a_temperature_where_the_search_ends_is_no_estimate(at_bound):
+    found = {"temperature": 54.6, "temperature_low": 18.7, "temperature_high": 54.6}
+    text = calibration_markdown({**found, "temperature_at_bound": float(at_bound)})
+    assert ("at the bound of the search" in text) == at_bound

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from longtail_experts.config import Config
+from longtail_experts.config import MLFLOW_RUN, Config
 from longtail_experts.data.batches import (
     EpochDraws,
     batches_of,
@@ -77,6 +77,7 @@ def _run(config: Config, data: Dataset, started: AbstractContextManager[Run]) ->
             train_expert(run_, config, data)
         if not is_calibrated(run_):
             experts.describe_trained(run_, config)
+            print(f"next: {MLFLOW_RUN} -e calibrate -P run_id={run_.run_id}")
     return run_.run_id
 
 

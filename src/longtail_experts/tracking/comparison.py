@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtail_experts.config import Config, to_text
+from longtail_experts.config import MLFLOW_RUN, Config, to_text
 from longtail_experts.data.longtail import class_groups
 from longtail_experts.data.sources import first_line
 from longtail_experts.learning.calibration import deployment_scores, of_the_other_half
@@ -125,7 +125,7 @@ def chosen_runs(
         raise RunError(
             "no calibrated expert is in the experiment"
             + (" with these tags" if tags else "")
-            + ": train one first (mlflow run . -P loss=ce), or give -P run_ids=a,b,c"
+            + f": train one first ({MLFLOW_RUN} -P loss=ce), or give -P run_ids=a,b,c"
         )
     return [Run(run.info.run_id) for run in reversed(found)]
 
@@ -146,7 +146,7 @@ def require_calibrated(run: Run) -> None:
     if not is_calibrated(run):
         raise RunError(
             f"run {run.run_id}: is no calibrated expert (its stage is {run.tags.get('stage')}); "
-            f"if it is a training, first: mlflow run . -e calibrate -P run_id={run.run_id}"
+            f"if it is a training, first: {MLFLOW_RUN} -e calibrate -P run_id={run.run_id}"
         )
 
 
@@ -223,8 +223,9 @@ def require_comparable(members: Sequence[Member], different_splits: bool) -> boo
     for member in members[1:]:
         if member.expert.class_names != first.expert.class_names:
             raise RunError(
-                f"run {member.run_id}: has other classes than {first.run_id}; experts of "
-                "different classes cannot be compared"
+                f"run {member.run_id} (of {member.facts.get('source')}): has other classes than "
+                f"{first.run_id} (of {first.facts.get('source')}); experts of different classes "
+                "cannot be compared: name those of one with -P run_ids=a,b,c"
             )
     hashes = {member.splits_sha256 for member in members}
     if len(hashes) == 1:

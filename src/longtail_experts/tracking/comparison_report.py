@@ -111,7 +111,7 @@ def expert_rows(members: Sequence[Member]) -> list[Row]:
                 rows.append(row(f"{split}: {label}, {when}", values, show, min))
     intervals = [
         f"{m.expert.temperature:.3f} ({m.metrics['temperature_low']:.3f} to "
-        f"{m.metrics['temperature_high']:.3f})"
+        f"{m.metrics['temperature_high']:.3f}){report.at_bound_notice(m.metrics)}"
         if "temperature_low" in m.metrics
         else f"{m.expert.temperature:.3f}"
         for m in members

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtail_experts.config import Config, make_config, parse_recipe, to_text
+from longtail_experts.config import MLFLOW_RUN, Config, make_config, parse_recipe, to_text
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
@@ -346,7 +346,7 @@ def describe_trained(run: Run, config: Config) -> None:
     run.describe(
         f"{notice(config)}Trained under {config.loss}, not calibrated. The expert is "
         f"{which_checkpoint(run.metrics)}.\n\n"
-        f"Next: `mlflow run . -e calibrate -P run_id={run.run_id}`"
+        f"Next: `{MLFLOW_RUN} -e calibrate -P run_id={run.run_id}`"
     )
 
 
@@ -516,7 +516,7 @@ def repeat_command(config: Config) -> str:
         for name, field in Config.model_fields.items()
         if name not in skipped and given[name] != field.default
     ]
-    return f"mlflow run . -P loss={config.loss} -P config=cifar100_lt{''.join(changed)}"
+    return f"{MLFLOW_RUN} -P loss={config.loss} -P config=cifar100_lt{''.join(changed)}"
 
 
 def describe_parent(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.archives import read_npz
 from longtail_experts.data.sources import first_line
 from longtail_experts.data.splits import SPLITS
@@ -73,7 +74,7 @@ def load_expert_logits(run_id: str) -> ExpertLogits:
     if not is_calibrated(run):
         raise RunError(
             f"run {run_id}: is not calibrated; calibrate it first "
-            f"(mlflow run . -e calibrate -P run_id={run_id})"
+            f"({MLFLOW_RUN} -e calibrate -P run_id={run_id})"
         )
     return read_logits(run)
 

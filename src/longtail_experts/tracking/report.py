@@ -141,8 +141,14 @@ def calibration_markdown(metrics: Mapping[str, float]) -> str:
     return (
         f"{table(('calibration', 'T = 1', 'calibrated'), rows)}\n\n"
         f"Temperature {metrics['temperature']:.4f} (95 % interval "
-        f"{metrics['temperature_low']:.3f} to {metrics['temperature_high']:.3f}).{halves}"
+        f"{metrics['temperature_low']:.3f} to {metrics['temperature_high']:.3f})"
+        f"{at_bound_notice(metrics)}.{halves}"
     )
+
+
+def at_bound_notice(metrics: Mapping[str, float]) -> str:
+    """Of a T that is where the search ends, so that neither it nor its interval is an estimate."""
+    return " at the bound of the search" if metrics.get("temperature_at_bound") else ""
 
 
 def fitting(parts: Sequence[str], more: str) -> str:

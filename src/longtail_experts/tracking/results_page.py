@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from longtail_experts.config import ConfigError, make_config
+from longtail_experts.config import MLFLOW_RUN, ConfigError, make_config
 from longtail_experts.tracking import report
 from longtail_experts.tracking.comparison_report import markdown, plain
 from longtail_experts.tracking.experts import repeat_command
@@ -173,16 +173,17 @@ def how_it_was_made(study: Study, setting: Setting) -> str:
     parts = []
     if setting.grid:
         parts.append(
-            "`mlflow run . --env-manager local -e sweep -P sweep=<file>`, the file being (run "
+            f"`{MLFLOW_RUN} -e sweep -P sweep=<file>`, the file being (run "
             f"`{setting.sweep_id}`)\n\n```yaml\n{setting.grid}\n```"
         )
     else:
         parts.append(f"Child runs of run `{setting.sweep_id}`.")
     commands = []
     for group in study.groups:
-        fields = {n: v for n, v in group.trials[0].fields.items() if n != "data_dir"}
+        fields = dict(group.trials[0].fields)
+        folder = " -P data_dir=<images>" if fields.pop("data_dir", "none") != "none" else ""
         try:
-            commands.append(repeat_command(make_config(fields)))
+            commands.append(repeat_command(make_config(fields)) + folder)
         except ConfigError:  # of another version of this program
             continue
     if commands:

@@ -35,6 +35,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.patience import PatientClient, patience, patiently
@@ -363,11 +364,12 @@ def _end(run: Run, status: str, seconds: float) -> None:
         patiently(set_status, seconds, heeds=False)
     except Exception as error:  # the exception under way, or the work done, matters more
         log.warning(
-            "run %s: its status could not be set to %s (%s); `mlflow run . -e reap` does that "
-            "when the store is back",
+            "run %s: its status could not be set to %s (%s); `%s -e reap` does that when the store "
+            "is back",
             run.run_id,
             status,
             first_line(error),
+            MLFLOW_RUN,
         )
     # At its exit, MLflow ends what it takes for active, as FINISHED.
     with suppress(Exception), delayed_signals():
@@ -479,7 +481,7 @@ def _require_usable_artifact_root(run: Run) -> None:
     if root.startswith("mlflow-artifacts:") and not uri.startswith(("http:", "https:")):
         raise StoreError(
             "the experiment was created by `mlflow ui`, which keeps its artifacts for its own "
-            "server: use another one (mlflow run . --experiment-name longtail ...; without "
+            f"server: use another one ({MLFLOW_RUN} --experiment-name longtail ...; without "
             "mlflow run: MLFLOW_EXPERIMENT_NAME=longtail)"
         )
     folder = local_folder_of(root)
@@ -489,7 +491,7 @@ def _require_usable_artifact_root(run: Run) -> None:
     if not experiment.exists() and Path.cwd() not in experiment.parents and _has_siblings(run):
         raise StoreError(
             f"the experiment keeps its artifacts in {experiment}, which is gone: move the folder "
-            "back, or use another experiment (mlflow run . --experiment-name longtail-2 ...)"
+            f"back, or use another experiment ({MLFLOW_RUN} --experiment-name longtail-2 ...)"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 import mlflow
 
+from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.patience import PatientClient
 from longtail_experts.tracking.processes import is_alive, is_on_this_host
@@ -44,11 +45,12 @@ def offer_to_resume(run: Run) -> None:
         epoch = stale.metrics.get("epoch")
         reached = "before its first epoch ended" if epoch is None else f"after epoch {epoch:.0f}"
         log.warning(
-            "run %s (%s) was cut off on this host %s: %s`mlflow run . -e reap` marks it as FAILED",
+            "run %s (%s) was cut off on this host %s: %s`%s -e reap` marks it as FAILED",
             stale.run_id,
             stale.name,
             reached,
             f"-P resume={stale.run_id} goes on with it, " if can_go_on(stale) else "",
+            MLFLOW_RUN,
         )
 
 
@@ -92,7 +94,7 @@ def require_not_running(run: Run) -> None:
         if not is_on_this_host(run.tags):
             raise RunError(
                 f"run {run.run_id}: is RUNNING on host {run.tags.get('host')} as far as the store "
-                f"knows; if its process is gone, first: mlflow run . -e reap -P "
+                f"knows; if its process is gone, first: {MLFLOW_RUN} -e reap -P "
                 f"run_id={run.run_id}"
             )
 

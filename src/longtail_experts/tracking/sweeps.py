@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import mlflow
 
+from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.tracking import report, stale
 from longtail_experts.tracking.comparison import experiment_id
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
@@ -85,7 +86,7 @@ def find_sweep(experiment: str | None, sweep_sha256: str) -> Run | None:
         if not is_on_this_host(tags):
             raise RunError(
                 f"run {run.run_id}: is this sweep, RUNNING on host {tags.get('host')} as far as "
-                "the store knows; if its process is gone, first: mlflow run . -e reap -P "
+                f"the store knows; if its process is gone, first: {MLFLOW_RUN} -e reap -P "
                 f"run_id={run.run_id}"
             )
         stale.require_no_process(run)
