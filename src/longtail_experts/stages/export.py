@@ -112,7 +112,7 @@ def dataset_name(manifest: dict[str, Any]) -> str:
         name = f"{source}_natural"
     else:
         step = "step_" if profile == "step" else ""
-        of_source = CIFARS[source].largest if source in CIFARS else None
+        of_source = next((c.largest for name, c in CIFARS.items() if name == source), None)
         fewer = f"_n{largest}" if largest not in (None, of_source) else ""
         name = f"{source}_lt_{step}if{factor:g}{fewer}"
     if not re.fullmatch(r"[\w.+-]{1,100}", name) or name.startswith("."):
