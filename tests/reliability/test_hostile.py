@@ -558,7 +558,7 @@ BAD_PARQUETS: dict[str, tuple[Callable[[Path], object], str]] = {
     "one image of megabytes, 150 times": (
         lambda p: parquet(
             p,
-            [{"bytes": png() + bytes(1_000_000)}] * 150,
+            [{"bytes": png() + bytes(6_000_000)}] * 150,
             [1] * 150,
             compression="zstd",
             dictionary_pagesize_limit=2**30,

@@ -177,12 +177,12 @@ def runs(stage: str) -> list:
     return [run for run in every if run.data.tags.get("stage") == stage]
 
 
+BRIEF = {"weight_decay": 0.5, "epochs": 2, "lr": 0.01}
+
+
 @pytest.fixture
 def small_network():
     """Not here: other processes train too."""
-
-
-BRIEF = {"weight_decay": 0.5, "epochs": 2, "lr": 0.01}
 
 
 def logits_of(run) -> dict[str, bytes]:
@@ -192,11 +192,11 @@ def logits_of(run) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, migrated_database, tiny_arguments) -> dict:
-    """A rate that diverges and one that works, swept once."""
+    """Two losses, each at a rate that works and at one that diverges, swept once."""
     folder = tmp_path_factory.mktemp("swept")
     fixed = {**fields_of(tiny_arguments), **BRIEF, "preflight": False}
     del fixed["lr"]
-    file = write(folder, fixed=fixed, grid={"lr": [100, 0.01], "loss": ["logit_adjust"]})
+    file = write(folder, fixed=fixed, grid={"lr": [100, 0.01], "loss": ["ce", "logit_adjust"]})
     with pytest.MonkeyPatch.context() as patch:
         use_store(folder, migrated_database, patch)
         code = main(["sweep", "--sweep", file])
@@ -221,9 +221,14 @@ def test_a_failing_trial_is_tried_twice_and_stops_no_other(swept_store):
     assert (swept_store["code"], parent.info.status) == (1, "FAILED")
     trials = trials_of(swept_store["parent"])
     states = {fields: trial["state"] for fields, trial in trials.items()}
-    assert states == {("100", "logit_adjust"): "failed", ("0.01", "logit_adjust"): "finished"}
+    assert states == {
+        ("100", "ce"): "failed",
+        ("100", "logit_adjust"): "failed",
+        ("0.01", "ce"): "finished",
+        ("0.01", "logit_adjust"): "finished",
+    }
     children = {run.info.run_id: run for run in runs("main")}
-    assert len(children) == 2
+    assert len(children) == 4
     for trial in trials.values():
         child = children[trial["run_id"]]
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -258,7 +263,7 @@ def test_the_same_command_repeats_only_what_failed(swept_store, capfd):
     assert main(["sweep", "--sweep", swept_store["file"]]) == 1
     assert [run.info.run_id for run in runs("sweep")] == [swept_store["parent"]]
     after = trials_of(swept_store["parent"])
-    assert "1 of 2 trials failed twice: lr=100 loss=logit_adjust: " in capfd.readouterr().err
+    assert "2 of 4 trials failed twice: lr=100 loss=ce: " in capfd.readouterr().err
     for fields, trial in after.items():
         same_run = trial["run_id"] == before[fields]["run_id"]
         assert same_run == (trial["state"] == "finished")  # the second attempt began afresh
@@ -271,15 +276,15 @@ def test_another_sweep_finds_what_is_finished(swept_store, tiny_arguments, capfd
     fixed = {**fields_of(tiny_arguments), **BRIEF}
     folder = swept_store["folder"] / "other"
     folder.mkdir()
-    file = write(folder, fixed=fixed, grid={"loss": ["logit_adjust"]})
+    file = write(folder, fixed=fixed, grid={"loss": ["logit_adjust", "ce"]})
     num_children = len(runs("main"))
     assert main(["sweep", "--sweep", file]) == 0
     (parent,) = (run for run in runs("sweep") if run.info.run_id != swept_store["parent"])
     assert parent.info.status == "FINISHED"
     theirs = trials_of(swept_store["parent"])
-    (trial,) = trials_of(parent.info.run_id).values()
-    assert trial["state"] == "found"
-    assert trial["run_id"] == theirs["0.01", "logit_adjust"]["run_id"]
+    for (loss,), trial in trials_of(parent.info.run_id).items():
+        assert trial["state"] == "found"
+        assert trial["run_id"] == theirs["0.01", loss]["run_id"]
     assert len(runs("main")) == num_children
     assert main(["sweep", "--sweep", file]) == 0
     assert "nothing was changed" in capfd.readouterr().out
@@ -291,7 +296,7 @@ def test_other_code_repeats_every_trial(swept_store, monkeypatch):
     from longtail_experts.tracking import sweeps
 
     experiment = mlflow.get_experiment_by_name("tests").experiment_id
-    assert len(sweeps.finished_experts(experiment)) == 1
+    assert len(sweeps.finished_experts(experiment)) == 2
     monkeypatch.setattr(sweeps, "code_sha256", lambda: "0" * 64)
     assert not sweeps.finished_experts(experiment)
 
