@@ -52,6 +52,7 @@ def empty_folder(tmp_path, monkeypatch) -> Path:
         (("export", "--run_ids", ",", "--out", "o"), "run_ids=','"),
         ((*FULL, "--epochs", "9" * 10_000), "epochs=999"),
         ((*FULL, "stray"), "stray"),
+        ((*FULL, "--lr", "0.1", "--lr=0.2"), "lr: given 2 times (0.1 and 0.2); give it once"),
     ],
 )
 def test_bad_input_is_one_line(empty_folder, capfd, monkeypatch, arguments, says):

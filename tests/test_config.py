@@ -81,6 +81,7 @@ def configs(draw) -> Config:
     seed = st.integers(0, 2**31 - 1)
     loss = draw(st.sampled_from([*LOSS_NAMES, "all"]))
     source = draw(st.sampled_from(["cifar100", "cifar10", "images", "synthetic"]))
+    profile = draw(st.sampled_from(["exp", "step", "natural"]))
     is_literature = draw(st.booleans())
     warmup_steps = draw(st.integers(0, 10**9))
     text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
@@ -97,8 +98,10 @@ def configs(draw) -> Config:
                 st.none() | text.filter(bool) | st.sampled_from(["~", "null", "yes", "1", "1e3"])
             ),
             "imbalance_factor": draw(st.floats(1, 1e6)),
-            "imbalance_profile": draw(st.sampled_from(["exp", "step", "natural"])),
-            "images_per_class": draw(st.none() | count),
+            "imbalance_profile": profile,
+            "images_per_class": None
+            if profile == "natural" and source != "synthetic"
+            else draw(st.none() | count),
             "subset_rule": "ldam" if source.startswith("cifar") and draw(st.booleans()) else "own",
             "split_seed": draw(seed),
             "seed": draw(seed),
@@ -373,6 +376,14 @@ def test_expert_seed_with_all_losses_is_refused():
     with pytest.raises(ConfigError, match=r"^expert_seed=3: with loss=all .* give seed"):
         make_config({"loss": "all", "expert_seed": "3"})
     assert make_config({"loss": "ce", "expert_seed": "3"}).expert_seed == 3
+
+
+def test_a_size_of_the_pool_that_natural_would_not_heed_is_refused():
+    settings = {"imbalance_profile": "natural", "images_per_class": 20}
+    with pytest.raises(ConfigError, match=r"^images_per_class=20: .*natural takes .* none"):
+        make_config(settings)
+    for heeds in ({"source": "synthetic"}, {"imbalance_profile": "step"}):
+        assert make_config(settings | heeds).images_per_class == 20
 
 
 # --- YAML and text ----------------------------------------------------------------------------

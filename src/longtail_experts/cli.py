@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -194,7 +195,13 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         raise ConfigError(
             f"no entry point {shorten(entry_point)!r}{nearest(entry_point, list(ENTRY_POINTS))}"
         )
-    known, unknown = parser().parse_known_args([entry_point, *_joined(rest)])
+    joined = _joined(rest)
+    flags = [argument.partition("=") for argument in joined if argument.startswith("--")]
+    for name, given in Counter(name for name, _, _ in flags).items():
+        if given > 1:
+            values = " and ".join(shorten(value) for flag, _, value in flags if flag == name)
+            raise ConfigError(f"{name.lstrip('-')}: given {given} times ({values}); give it once")
+    known, unknown = parser().parse_known_args([entry_point, *joined])
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
         own = OWN_PARAMETERS.get(entry_point, {"config": "", "resume": ""})

@@ -254,6 +254,12 @@ class Config(BaseModel):
                 f"subset_rule=ldam: is a subset of CIFAR's official files, not of source="
                 f"{self.source}; give own"
             )
+        generated = self.source == "synthetic"  # where it says how many there are
+        if self.images_per_class and self.imbalance_profile == "natural" and not generated:
+            raise ConfigError(
+                f"images_per_class={self.images_per_class}: imbalance_profile=natural takes all "
+                "training images; give none, or exp or step"
+            )
         return self
 
     def replace(self, **changes: Any) -> "Config":
