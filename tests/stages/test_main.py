@@ -94,6 +94,8 @@ def test_an_expert_run_holds_everything(finished, loss):
     tags = run.data.tags
     assert (tags["stage"], tags["expert"], tags["data.source"]) == ("main", loss, "images")
     assert (tags["device"], tags["precision"], tags["step_path"]) == ("cpu", "fp32", "plain")
+    assert tags["torch"] == torch.__version__
+    assert tags["processor"] in Path("/proc/cpuinfo").read_text()
     assert 1e8 < run.data.metrics["peak_memory_bytes"] < 1e11
     assert tags["mlflow.note.content"].startswith(f"## {loss}")
     note = tags["mlflow.note.content"]

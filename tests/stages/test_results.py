@@ -12,14 +12,16 @@ from PIL import Image
 from scipy import stats
 
 from longtail_experts.cli import main
-from longtail_experts.config import MLFLOW_RUN
+from longtail_experts.config import MLFLOW_RUN, load_config
 from longtail_experts.tracking.published import PUBLISHED
 
 LITERATURE = {"protocol": "literature", "subset_rule": "ldam"}
 SIZES = {"train": {"size": 8677}, "test_balanced": {"size": 8928}}
 MANIFEST = {"pool_counts": [10_000, 847], "splits": SIZES}
 GRID = (
-    "grid: {loss: [ce, logit_adjust], seed: [0, 1, 2]}\nfixed: {data_dir: /home/me/x, epochs: 64}"
+    "config: /home/me/own.yaml\n"
+    "grid: {loss: [ce, logit_adjust], seed: [0], data_dir: [/home/me/y, /home/me/z z, none]}\n"
+    "fixed: {data_dir: /home/me/x y, epochs: 64}"
 )
 
 
@@ -110,6 +112,54 @@ def test_the_literature_protocol_needs_nothing_that_it_does_not_have(store):
     assert (Path("docs") / "results_literature_cifar100_if100.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("fields", "title", "figure"),
+    [
+        ({"imbalance_factor": 50}, "CIFAR-100-LT, IF 50, ", "cifar100_if50"),
+        ({"imbalance_profile": "step"}, "CIFAR-100-LT, step IF 100, ", "cifar100_step-if100"),
+        (
+            {"images_per_class": 100},
+            "CIFAR-100-LT, IF 100, largest class 100, ",
+            "cifar100_if100_largest-class-100",
+        ),
+        (
+            {"source": "images", "imbalance_profile": "natural"},
+            "source images, natural counts, ",
+            "images_natural-counts",
+        ),
+    ],
+)
+def test_the_title_says_which_pool_it_was(store, fields, title, figure):
+    sweep = add_sweep(store)
+    add_trial(store, sweep, figures(0.4), **fields)
+    text = results(sweep)
+    assert f"## {title}protocol experts\n" in text
+    assert [p.name for p in Path("docs").glob("*.png")] == [f"results_experts_{figure}.png"]
+    assert "ublished figures" not in text
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "says"),
+    [
+        ("demo", {"source": "synthetic", "epochs": "DEMO"}, ""),
+        ("demo", {"source": "synthetic", "epochs": 1}, "(1 of DEMO epochs)"),
+        ("strong", {"epochs": 250}, "(250 of 400 epochs)"),
+        ("strong", {"epochs": 400}, ""),
+        ("literature", {"epochs": 200}, ""),
+        ("my/own.yaml", {"epochs": 199}, "(199 of 200 epochs)"),
+    ],
+)
+def test_short_is_what_is_shorter_than_the_recipe(store, config, fields, says):
+    of_demo = str(load_config("demo", {}).epochs)
+    protocol = "experts" if config == "demo" else "literature"
+    sweep = add_sweep(store, grid=f"config: {config}\ngrid: {{seed: [0]}}")
+    fields = {n: of_demo if v == "DEMO" else v for n, v in fields.items()} | {"protocol": protocol}
+    add_trial(store, sweep, figures(0.4), **fields)
+    (title, *_) = re.findall(r"^## (.*)$", results(sweep), flags=re.M)
+    _, _, told = title.partition(", short schedule ")
+    assert told == says.replace("DEMO", of_demo)
+
+
 def test_each_sweep_has_its_part_and_its_figure(short, store):
     other = add_sweep(store)
     add_trial(store, other, figures(0.4), splits="l" * 64, extra=LITERATURE, epochs=200)
@@ -134,7 +184,9 @@ def test_the_page_says_how_it_was_made_and_not_where(short, tmp_path):
     text = results(short)
     command = f"python -m longtail_experts results --sweeps {short} --out docs/results.md"
     assert command in text
-    assert "grid: {loss: [ce, logit_adjust], seed: [0, 1, 2]}" in text
+    assert "config: own.yaml\n" in text
+    assert "loss: [ce, logit_adjust]\n" in text
+    assert "data_dir: [<images>, <images>, none]\n" in text
     assert "data_dir: <images>, epochs: 64" in text
     again = f"{MLFLOW_RUN} -P loss=logit_adjust -P config=cifar100_lt -P epochs=64"
     assert re.search(f"^{again} .*-P data_dir=<images>$", text, re.MULTILINE)

@@ -147,6 +147,7 @@ class Module:
     _is_in_bad_fork = staticmethod(lambda: False)
     device_count = staticmethod(lambda: 1)
     current_device = staticmethod(lambda: 0)
+    get_device_name = staticmethod(lambda: NAME)
     device = staticmethod(lambda _: nullcontext())
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16])
     mem_get_info = staticmethod(lambda: (10**11, 10**11))

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from fake_trials import add_sweep, add_trial
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from scipy import stats
 
 from longtail_experts.config import make_config
@@ -139,6 +141,27 @@ def test_of_the_same_training_twice_the_newest_counts():
     assert found.num_replaced == 2
     assert list(found.groups[0].values(BALANCED).values()) == [0.1]
     assert "2 left out" in study_report.summary(found)
+
+
+def test_what_a_grid_compares_is_a_setting_though_it_says_where_a_run_computed():
+    """A grid over precision: not the same training twice, of which the newest would count."""
+    values = {("ce", "fp32"): 0.3, ("ce", "bf16"): 0.4}
+    values |= {("logit_adjust", "fp32"): 0.5, ("logit_adjust", "bf16"): 0.7}
+    trials = [
+        trial(value, loss=loss, precision=precision, seed=seed, fast=seed == 0)
+        for (loss, precision), value in values.items()
+        for seed in (0, 1)
+    ]
+    found = study(*trials)
+    assert found.num_replaced == 0
+    assert {g.label: set(g.values(BALANCED).values()) for g in found.groups} == {
+        f"{loss} precision {precision}": {value} for (loss, precision), value in values.items()
+    }
+    gains = {g.label: found.differences(g, BALANCED) for g in found.groups}
+    assert list(gains["logit_adjust precision fp32"].values()) == pytest.approx([0.2, 0.2])
+    assert list(gains["logit_adjust precision bf16"].values()) == pytest.approx([0.3, 0.3])
+    assert set(differing_settings(found)) == {"precision"}
+    assert set(differing_facts(found)) == {"fast"}  # between seeds, which it does not tell apart
 
 
 def test_cross_entropy_has_no_tau():
@@ -315,6 +338,35 @@ def test_one_training_has_no_interval():
     assert row["balanced"] == "+10.00"
 
 
+def test_a_temperature_at_the_bound_of_its_search_says_so():
+    bound = {"temperature": 54.6, "temperature_at_bound": 1.0}
+    inside = {"temperature": 2.0, "temperature_at_bound": 0.0}
+    trials = [trial(seed=s, metrics=inside) for s in range(3)]
+    trials += [trial(seed=s, loss="focal", metrics=m) for s, m in enumerate((bound, inside, bound))]
+    sections = study_report.sections_of(study(*trials))
+    told = [
+        s.title
+        for s in sections
+        if "bound of its search, and no estimate: focal 2 of 3." in s.words
+    ]
+    assert [title.split(",")[0] for title in told] == [
+        "Calibration on test_balanced",
+        "Calibration on test_balanced: paired differences from ce",
+    ]
+    assert not any("bound" in s.words for s in study_report.sections_of(study(*trials[:3])))
+
+
+def test_that_nothing_differs_is_said_of_what_is_recorded_alone():
+    here = {"processor": "one", "torch": "2", "mlflow.user": "me"}
+    *_, last = study_report.sections_of(study(trial(tags=here), trial(seed=1, tags=here)))
+    assert "nothing of what the runs record of themselves (checkpoint_every, " in last.words
+    assert "processor" in last.words
+    assert "user" not in last.words
+    elsewhere = trial(seed=1, tags=here | {"processor": "other"})
+    *_, last = study_report.sections_of(study(trial(tags=here), elsewhere))
+    assert last.words.endswith("in brackets: processor: one (1), other (1).")
+
+
 def test_a_figure_that_some_runs_lack_says_its_own_n():
     missing = trial(0.5, seed=2)
     missing = Trial(**{**missing.__dict__, "metrics": {"test_balanced/accuracy": 0.6}})
@@ -394,6 +446,33 @@ def test_a_sweep_is_read_from_the_store(store):
     assert found.unfinished == ("ce seed 3 (FINISHED)",)
     assert "1 left out, not calibrated: ce seed 3 (FINISHED)" in study_report.summary(found)
     assert found.name == "sweep of losses"
+
+
+def test_what_was_deleted_is_in_no_mean(store):
+    """Though trials.json still names it; nor is it an error where nothing is left of it."""
+    sweep = add_sweep(store)
+    ids = [add_trial(store, sweep, {BALANCED: 0.3 + s / 10}, seed=s) for s in range(3)]
+    trials = [{"run_id": run_id, "state": "finished"} for run_id in [*ids, "f" * 32]]
+    client = MlflowClient()
+    client.log_text(sweep, json.dumps(trials), "trials.json")
+    client.delete_run(ids[1])
+    found = read_sweep(sweep)
+    assert sorted(found.groups[0].values(BALANCED).values()) == pytest.approx([0.3, 0.5])
+    assert f"2 left out, deleted: ce seed 1, {'f' * 32}." in study_report.summary(found)
+
+
+def test_a_sweep_that_was_cut_off_says_what_never_ran(store):
+    sweep = add_sweep(store)
+    mine = add_trial(store, sweep, {BALANCED: 0.3})
+    assert "sweep" not in study_report.summary(read_sweep(sweep))
+    states = {"finished": mine, "waiting": None, "failed": None}
+    trials = [{"run_id": run_id, "state": state} for state, run_id in states.items()]
+    MlflowClient().log_text(sweep, json.dumps([*trials, trials[1]]), "trials.json")
+    MlflowClient().set_terminated(sweep, "KILLED")
+    told = study_report.summary(read_sweep(sweep))
+    assert "1 trainings in 1 groups" in told
+    assert "Trials of the sweep that have no run: 2 waiting, 1 failed." in told
+    assert told.endswith("The sweep's own run is KILLED.")
 
 
 def test_fields_of_another_version_are_kept_and_told_apart(store):

@@ -30,8 +30,8 @@ def run(sweep_ids: Sequence[str], out: Path) -> None:
         try:
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".results-") as scratch:
                 folder = Path(scratch)
-                for study, name in zip(studies, names, strict=True):
-                    title = results_page.title_of(study)
+                for study, setting, name in zip(studies, settings, names, strict=True):
+                    title = results_page.title_of(study, setting.full_epochs)
                     study_report.draw(study, title, folder / name)
                 (folder / out.name).write_text(page, encoding="utf-8")
                 for name in (*names, out.name):

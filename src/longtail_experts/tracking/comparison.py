@@ -32,7 +32,15 @@ from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_
 DEPLOYMENTS = {"uniform": "test_balanced", "test_lt": "test_lt"}  # prior q -> split scored under it
 POSTHOC_TAUS = tuple(step / 4 for step in range(9))  # 0 ... 2
 MOST = 28  # experts in one comparison: seven colours in four line styles
-WHERE_TRAINED = ("device", "precision", "step_path", "git.commit", "git.dirty")
+WHERE_TRAINED = (
+    "device",
+    "processor",
+    "precision",
+    "step_path",
+    "torch",
+    "git.commit",
+    "git.dirty",
+)
 NOT_A_DIFFERENCE = ("loss", "data_dir")
 
 

@@ -24,7 +24,7 @@ from longtail_experts.learning.metrics import (
 )
 from longtail_experts.tracking import charts, figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
-from longtail_experts.tracking.identity import code_sha256
+from longtail_experts.tracking.identity import code_sha256, processor
 from longtail_experts.tracking.logits import read_logits
 from longtail_experts.tracking.runs import (
     Run,
@@ -94,7 +94,9 @@ def machine_tags(config: Config) -> dict[str, str]:
     return {
         "data.source": config.source,
         "device": config.device,
+        "processor": processor(config.device),
         "precision": config.precision,
+        "torch": torch.__version__,
         "code_sha256": code_sha256(),
         **git_tags(),
     }

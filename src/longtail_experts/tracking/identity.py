@@ -1,8 +1,11 @@
-"""Which source decides an expert's figures."""
+"""Which source decides an expert's figures, and which processor computes them."""
 
 import hashlib
+import platform
 from functools import cache
 from pathlib import Path
+
+import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Images and splits, all mathematics, and the stages that call it. Not how runs are recorded,
@@ -25,3 +28,15 @@ def code_sha256() -> str:
         text = path.read_text(encoding="utf-8")  # with any line ends
         digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(text)}\n{text}".encode())
     return digest.hexdigest()
+
+
+def processor(device: str) -> str:
+    """Its name, as the driver of the GPU or the system has it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, named), platform.processor() or platform.machine())

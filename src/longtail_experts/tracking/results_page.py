@@ -1,11 +1,17 @@
 """docs/results.md: sweeps beside published figures, in words and tables."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
 
-from longtail_experts.config import MLFLOW_RUN, ConfigError, make_config
+import yaml
+
+from longtail_experts.config import MLFLOW_RUN, ConfigError, load_config, make_config
 from longtail_experts.tracking import report
+from longtail_experts.tracking.comparison import WHERE_TRAINED
 from longtail_experts.tracking.comparison_report import markdown, plain
 from longtail_experts.tracking.experts import repeat_command
 from longtail_experts.tracking.published import APPLIES_TO, PUBLISHED
@@ -15,6 +21,7 @@ from longtail_experts.tracking.study import (
     KNOBS,
     SPLITS_FOLLOW_FROM,
     Study,
+    Trial,
     natural,
 )
 from longtail_experts.tracking.study_report import (
@@ -41,7 +48,6 @@ SUBSETS = {
     "ldam": "**LDAM's subset**: the images that its code takes (`np.random.seed(0)`), as most of "
     "the literature does",
 }
-WHERE = ("device", "precision", "step_path", "git.commit", "git.dirty")
 
 
 @dataclass(frozen=True)
@@ -51,15 +57,50 @@ class Setting:
     sweep_id: str
     grid: str  # sweep.yaml; empty where there is none
     sizes: Mapping[str, int]  # images: pool, train, test_balanced; empty where not recorded
+    full_epochs: Mapping[str, int]  # of the recipes that it names, by protocol
 
 
 def read_setting(study: Study) -> Setting:
     (sweep_id,) = study.run_ids
     sweep = Run(sweep_id)
-    grid = sweep.read_text("sweep.yaml") if sweep.has_artifact("sweep.yaml") else ""
-    # Where images lay on that machine is nobody's business, and of no use elsewhere.
-    grid = re.sub(r"(data_dir:\s*)[^\s,}]+", r"\1<images>", grid)
-    return Setting(sweep_id, grid.strip(), sizes_of(study))
+    text = sweep.read_text("sweep.yaml") if sweep.has_artifact("sweep.yaml") else ""
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        content = None
+    grid = without_folders(content) if isinstance(content, dict) else {}
+    shown = yaml.safe_dump(grid, sort_keys=False, default_flow_style=None) if grid else ""
+    return Setting(sweep_id, shown.strip(), sizes_of(study), full_epochs(grid))
+
+
+def without_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep's file less where things lay on that machine: nobody's business, and of no use
+    elsewhere."""
+
+    def shown(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [shown(name, one) for one in value]
+        if isinstance(value, dict):
+            return {of: shown(of, one) for of, one in value.items()}
+        if name == "config":
+            return PurePath(str(value)).name
+        return "<images>" if name == "data_dir" and value not in (None, "none") else value
+
+    return shown("", dict(sweep))
+
+
+def full_epochs(sweep: Mapping[str, Any]) -> dict[str, int]:
+    """Of the longest recipe that a sweep names, by protocol; {} where it names none of ours."""
+    grid = sweep.get("grid")
+    named = grid.get("config") if isinstance(grid, dict) else None
+    found: Counter = Counter()
+    for name in named or [sweep.get("config")]:
+        try:
+            recipe = load_config(str(name), {})
+        except ConfigError:
+            continue
+        found |= Counter({recipe.protocol: recipe.epochs})
+    return dict(found)
 
 
 def sizes_of(study: Study) -> dict[str, int]:
@@ -83,21 +124,40 @@ def joined(study: Study, name: str) -> str:
     return " / ".join(values_of(study, name))
 
 
-def short_schedules(study: Study) -> list[str]:
-    """`64 of 256` for every protocol and number of epochs below that of the recipe."""
-    found = {
-        (trial.fields["protocol"], int(trial.fields["epochs"]))
-        for trial in study.trials
-        if int(trial.fields["epochs"]) < FULL_EPOCHS.get(trial.fields["protocol"], 0)
-    }
-    return [f"{epochs} of {FULL_EPOCHS[protocol]}" for protocol, epochs in sorted(found)]
+def short_schedules(study: Study, full: Mapping[str, int]) -> list[str]:
+    """`64 of 256` for every protocol and number of epochs below that of the recipe; on images that
+    are not generated a recipe is no shorter than ours of its protocol."""
+    found = set()
+    for trial in study.trials:
+        protocol, epochs = trial.fields["protocol"], int(trial.fields["epochs"])
+        of_recipe = full.get(protocol, 0)
+        if trial.fields["source"] != "synthetic":
+            of_recipe = max(of_recipe, FULL_EPOCHS.get(protocol, 0))
+        if epochs < of_recipe:
+            found.add((protocol, epochs, of_recipe))
+    return [f"{epochs} of {of_recipe}" for _, epochs, of_recipe in sorted(found)]
 
 
-def title_of(study: Study) -> str:
+def pool_of(trial: Trial) -> str:
+    """How the training pool falls with the class; what the title and the figure's name say."""
+    fields = trial.fields
+    profile, largest = fields["imbalance_profile"], fields["images_per_class"]
+    words = "natural counts" if profile == "natural" else f"IF {fields['imbalance_factor']}"
+    if profile == "step":
+        words = f"step {words}"
+    if largest != "none" and fields["source"] != "synthetic":
+        words += f", largest class {largest}"
+    return words
+
+
+def pools(study: Study) -> str:
+    return " / ".join(sorted({pool_of(trial) for trial in study.trials}, key=natural))
+
+
+def title_of(study: Study, full: Mapping[str, int]) -> str:
     sources = " / ".join(DATASETS.get(s, f"source {s}") for s in values_of(study, "source"))
-    title = f"{sources}, IF {joined(study, 'imbalance_factor')}, protocol "
-    title += joined(study, "protocol")
-    short = short_schedules(study)
+    title = f"{sources}, {pools(study)}, protocol {joined(study, 'protocol')}"
+    short = short_schedules(study, full)
     return f"{title}, short schedule ({', '.join(short)} epochs)" if short else title
 
 
@@ -105,8 +165,8 @@ def figure_names(studies: Sequence[Study], stem: str) -> list[str]:
     """A file a sweep, named after what it is of; with a part of its id where that is not enough."""
     names = []
     for study in studies:
-        of = {n: joined(study, n) for n in ("protocol", "source", "imbalance_factor")}
-        name = "{protocol}_{source}_if{imbalance_factor}".format(**of)
+        pool = pools(study).replace("IF ", "if").replace(", ", "_")
+        name = f"{joined(study, 'protocol')}_{joined(study, 'source')}_{pool}"
         names.append(re.sub(r"[^\w.-]+", "-", f"{stem}_{name}"))
     return [
         f"{name}.png" if names.count(name) == 1 else f"{name}_{study.run_ids[0][:6]}.png"
@@ -124,7 +184,7 @@ def as_markdown(
         f"```sh\n{command}\n```",
     ]
     for study, setting, figure in zip(studies, settings, figures, strict=True):
-        title = plain(title_of(study))
+        title = plain(title_of(study, setting.full_epochs))
         first, *tables = markdown(title, "", sections_of(study, ("test_balanced",)))
         notice = notice_of(study).strip()
         picture = f"![{title}: means with 95 % intervals]({figure})"
@@ -140,7 +200,7 @@ def as_markdown(
 
 def setting_in_words(study: Study, setting: Setting) -> str:
     lines = []
-    short = short_schedules(study)
+    short = short_schedules(study, setting.full_epochs)
     if short:
         lines.append(
             f"**Short schedule:** {', '.join(short)} epochs of the recipe. These figures say how "
@@ -162,7 +222,7 @@ def setting_in_words(study: Study, setting: Setting) -> str:
     recipe = [f"{n} {joined(study, n)}" for n in names if n not in not_recipe]
     lines.append(f"Recipe: {plain(', '.join(recipe))}.")
     where = []
-    for name in WHERE:
+    for name in WHERE_TRAINED:
         values = sorted({shortened(name, t.tags[name]) for t in study.trials if name in t.tags})
         where += [f"{name} {' / '.join(values)}"] if values else []
     lines.append(f"Where: {plain(', '.join(where)) or 'not recorded'}.")
@@ -197,7 +257,7 @@ def how_it_was_made(study: Study, setting: Setting) -> str:
 
 def is_published_for(study: Study) -> bool:
     """Whether all of it is of the data that the published figures are of."""
-    return all(values_of(study, name) == [value] for name, value in APPLIES_TO.items())
+    return all(set(values_of(study, name)) <= set(of) for name, of in APPLIES_TO.items())
 
 
 def what_differs(study: Study, setting: Setting) -> str:

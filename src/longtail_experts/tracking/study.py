@@ -14,11 +14,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import mlflow
+from mlflow.exceptions import MlflowException
 
-from longtail_experts.config import Config, parse_recipe, to_text
+from longtail_experts.config import CHANGES_NO_FIGURE, Config, parse_recipe, to_text
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.sources import first_line
 from longtail_experts.learning.statistics import (
@@ -33,7 +34,8 @@ from longtail_experts.tracking.runs import Run, RunError, open_run, store_to_rea
 TRAINING, SPLITS_TOO = "training noise only", "splits and training"
 REFERENCE = "ce"
 CHANCE = ("seed", "expert_seed", "split_seed")
-# Where a run computed and what was done around it; what of it differs is listed.
+# Where a run computed and what was done around it; what of it differs is listed. Where it can
+# change a figure and is all that tells two trainings apart, as in a grid over it, it is a setting.
 NOT_A_DIFFERENCE = (
     "data_dir",
     "device",
@@ -143,6 +145,9 @@ class Study:
     groups: tuple[Group, ...]
     num_replaced: int  # trainings of which there is a newer one
     unfinished: tuple[str, ...]  # runs that are no calibrated expert, by name and status
+    deleted: tuple[str, ...] = ()  # by name, or by id where nothing else is left of them
+    without_run: Mapping[str, int] = field(default_factory=dict)  # trials of the sweep, by state
+    status: str = "FINISHED"  # of the sweep's own run
 
     @property
     def trials(self) -> list[Trial]:
@@ -194,7 +199,8 @@ def read_sweep(sweep_id: str) -> Study:
     """All calibrated experts of a sweep: children of its run, and those that its trials.json
     names because they were finished before it. RunError where there are none."""
     parent = open_run(sweep_id)
-    listed = listed_trials(parent)
+    listed, without_run = listed_trials(parent)
+    deleted: list[str] = []
     with store_to_read() as client:
         children = client.search_runs(
             [parent.experiment_id],
@@ -204,8 +210,19 @@ def read_sweep(sweep_id: str) -> Study:
         )
         experts = {run.info.run_id: run for run in children if "expert" in run.data.tags}
         for run_id in listed:
-            if run_id not in experts:
-                experts[run_id] = client.get_run(run_id)
+            if run_id in experts:
+                continue
+            try:
+                run = client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                deleted.append(run_id)
+                continue
+            if run.info.lifecycle_stage == "deleted":
+                deleted.append(run.info.run_name)
+            else:
+                experts[run_id] = run
     done = [run for run in experts.values() if run.data.tags.get("calibrated") == "true"]
     if not done:
         raise RunError(
@@ -215,17 +232,18 @@ def read_sweep(sweep_id: str) -> Study:
     unfinished = [
         f"{run.info.run_name} ({run.info.status})" for run in experts.values() if run not in done
     ]
-    return make_study(parent.name, [sweep_id], [read_trial(run) for run in done], unfinished)
+    found = make_study(parent.name, [sweep_id], [read_trial(run) for run in done], unfinished)
+    return replace(found, deleted=tuple(deleted), without_run=without_run, status=parent.status)
 
 
-def listed_trials(parent: Run) -> list[str]:
-    """Run ids in the sweep's trials.json, where it has one."""
+def listed_trials(parent: Run) -> tuple[list[str], Counter]:
+    """Of the sweep's trials.json, where it has one: run ids, and states of trials without a run."""
     if not parent.has_artifact("trials.json"):
-        return []
+        return [], Counter()
     try:
-        return [
-            str(trial["run_id"]) for trial in parent.read_json("trials.json") if trial["run_id"]
-        ]
+        trials = parent.read_json("trials.json")
+        run_ids = [str(trial["run_id"]) for trial in trials if trial["run_id"]]
+        return run_ids, Counter(str(trial["state"]) for trial in trials if not trial["run_id"])
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise RunError(
             f"run {parent.run_id}: trials.json is malformed ({first_line(error)[:200]})"
@@ -269,13 +287,14 @@ def make_study(
     Raises RunError where one split_seed stands for unequal splits.
     """
     require_one_split_a_seed(trials)
+    apart = telling_apart(trials)
     grouped: dict[tuple, dict[Key, Trial]] = {}
     for trial in sorted(trials, key=lambda t: t.started):
-        newest = grouped.setdefault(tuple(sorted(trial.settings.items())), {})
-        newest[trial.key] = trial
+        settings = trial.settings | {name: trial.fields.get(name, "-") for name in apart}
+        grouped.setdefault(tuple(sorted(settings.items())), {})[trial.key] = trial
     kept = [
-        Group("", next(iter(by_key.values())).settings, tuple(in_order(by_key.values())))
-        for by_key in grouped.values()
+        Group("", dict(settings), tuple(in_order(by_key.values())))
+        for settings, by_key in grouped.items()
     ]
     kept = sorted(kept, key=lambda group: order_of(group, kept))
     labels = labels_of([group.settings for group in kept])
@@ -285,6 +304,20 @@ def make_study(
     )
     num_replaced = len(trials) - sum(len(group.trials) for group in groups)
     return Study(name, tuple(run_ids), groups, num_replaced, tuple(unfinished))
+
+
+def telling_apart(trials: Iterable[Trial]) -> list[str]:
+    """Fields of NOT_A_DIFFERENCE that trainings of the same settings, splits and seed differ in,
+    as far as these can change a figure."""
+    same: dict[tuple, list[Trial]] = {}
+    for trial in trials:
+        same.setdefault((trial.key, *sorted(trial.settings.items())), []).append(trial)
+    return [
+        name
+        for name in NOT_A_DIFFERENCE
+        if name not in CHANGES_NO_FIGURE
+        and any(len({t.fields.get(name) for t in alike}) > 1 for alike in same.values())
+    ]
 
 
 def require_one_split_a_seed(trials: Iterable[Trial]) -> None:
@@ -374,6 +407,11 @@ def differing_facts(study: Study) -> dict[str, Counter]:
     """Code, device and the like that are not the same in all trainings: name -> value -> how
     many."""
     facts = [trial.facts for trial in study.trials]
-    names = dict.fromkeys(name for one in facts for name in one)
-    counted = {name: Counter(one.get(name, "-") for one in facts) for name in names}
+    counted = {name: Counter(one.get(name, "-") for one in facts) for name in names_of_facts(study)}
     return {name: values for name, values in counted.items() if len(values) > 1}
+
+
+def names_of_facts(study: Study) -> list[str]:
+    """What the runs record of code, device and the like, beside what is a setting here."""
+    settings = {name for group in study.groups for name in group.settings}
+    return sorted({name for trial in study.trials for name in trial.facts} - settings)

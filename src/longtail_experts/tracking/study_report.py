@@ -30,6 +30,7 @@ from longtail_experts.tracking.study import (
     differing_facts,
     differing_settings,
     interval,
+    names_of_facts,
 )
 from longtail_experts.tracking.study_figures import count
 
@@ -48,7 +49,9 @@ HOW_TO_READ = {
 PAIRED = (
     f"Paired differences: of each training, its figure less that of {REFERENCE} with the same seed "
     "on the same splits under the same settings. Marked where the interval does not hold 0, with "
-    "no allowance for how many there are."
+    "no allowance for how many there are. Losses draw independently from a seed (expert_seed), so "
+    "that pairs share their splits alone: on one split the interval is a valid one, but which "
+    "trainings are paired is arbitrary, and one without pairs may be narrower."
 )
 MEASURED = (
     "Accuracies are in percent, of argmax f: means over classes, overall: over images; adjusted is "
@@ -149,12 +152,23 @@ def sections_of(
                 ("Calibration", calibration_on(split)),
             ):
                 title, words = f"{what} on {split}", INTERVAL[kind]
+                if any(measure.metric == "temperature" for measure in measures):
+                    words += at_bound(study)
                 table = tabulated(study, measures, kind, Group.values)
                 sections.append(Section(f"{title}, {kind}", words, *table))
                 table = tabulated(study, measures, kind, study.differences, signed=True)
                 title = f"{title}: paired differences from {REFERENCE}, {kind}"
                 sections.append(Section(title, words, *table))
     return [*(section for section in sections if section.rows), *about_runs(study)]
+
+
+def at_bound(study: Study) -> str:
+    """Which temperatures are where the search for them ended; nothing where none is."""
+    told = []
+    for group in study.groups:
+        number = sum(t.metrics.get("temperature_at_bound", 0) > 0 for t in group.trials)
+        told += [f"{group.label} {number} of {len(group.trials)}"] if number else []
+    return f" T at the bound of its search, and no estimate: {', '.join(told)}." if told else ""
 
 
 def about_runs(study: Study) -> list[Section]:
@@ -172,7 +186,9 @@ def about_runs(study: Study) -> list[Section]:
         f"{name}: " + ", ".join(f"{shortened(name, v)} ({n})" for v, n in values.most_common())
         for name, values in facts.items()
     ]
-    words = "Beside loss, seeds and the settings above, nothing."
+    recorded = ", ".join(names_of_facts(study))
+    words = "Beside loss, seeds and the settings above, nothing of what the runs record of "
+    words += f"themselves ({recorded})."
     if counted:
         words = "Beside loss, seeds and the settings above, number of trainings in brackets: "
         words += "; ".join(counted) + "."
@@ -212,6 +228,14 @@ def summary(study: Study) -> str:
     if study.unfinished:
         listed = ", ".join(study.unfinished[:10]) + ", ..." * (len(study.unfinished) > 10)
         words.append(f"{len(study.unfinished)} left out, not calibrated: {plain(listed)}.")
+    if study.deleted:
+        listed = ", ".join(study.deleted[:10]) + ", ..." * (len(study.deleted) > 10)
+        words.append(f"{len(study.deleted)} left out, deleted: {plain(listed)}.")
+    if study.without_run:
+        states = ", ".join(f"{number} {state}" for state, number in study.without_run.items())
+        words.append(f"Trials of the sweep that have no run: {plain(states)}.")
+    if study.status != "FINISHED":
+        words.append(f"The sweep's own run is {study.status}.")
     return " ".join(words)
 
 
@@ -326,7 +350,11 @@ def draw(study: Study, title: str, path: Path) -> Picture:
     panels += [
         study_figures.Panel(name, mark, panel_rows(study, measure, Group.values))
         for name, mark, measure in (
-            ("temperature", "after", Measure("temperature", "T", 1.0)),
+            (
+                f"temperature{', some at the bound of the search' if at_bound(study) else ''}",
+                "after",
+                Measure("temperature", "T", 1.0),
+            ),
             ("ECE at T = 1, %", "before", Measure("test_balanced/ece_uncalibrated", "")),
             ("ECE calibrated, %", "after", Measure("test_balanced/ece", "")),
         )
