@@ -51,8 +51,8 @@ def empty_folder(tmp_path, monkeypatch) -> Path:
         (("calibrate", "--run_id", "x", "--batch_size", "0"), "batch_size=0: "),
         (("export", "--run_ids", ",", "--out", "o"), "run_ids=','"),
         ((*FULL, "--epochs", "9" * 10_000), "epochs=999"),
-        ((*FULL, "stray"), "stray"),
-        ((*FULL, "--lr", "0.1", "--lr=0.2"), "lr: given 2 times (0.1 and 0.2); give it once"),
+        ((*FULL, "stray"), "'stray': fields are given as --name value"),
+        (("main", "epochs=3"), "'epochs=3': fields are given as --name value"),
     ],
 )
 def test_bad_input_is_one_line(empty_folder, capfd, monkeypatch, arguments, says):

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,7 +32,8 @@ ENTRY_POINTS = {
     "data": "build and verify the splits; log them with their manifest and figures",
     "train": "train one expert; calibrate does the rest, on any later day",
     "calibrate": "temperature, test figures, logits and model, into the training run run_id",
-    "export": "write the files that AR-GSE reads, from one run of each loss",
+    "export": "write the files that AR-GSE reads, from one run each of ce, logit_adjust and "
+    "balanced_softmax, or some of them",
     "compare": "table and figures across finished experts, and their ensembles; or of a sweep, "
     "means with intervals",
     "results": "a page of sweeps for people, with figures: means, intervals, published figures",
@@ -195,15 +195,11 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         raise ConfigError(
             f"no entry point {shorten(entry_point)!r}{nearest(entry_point, list(ENTRY_POINTS))}"
         )
-    joined = _joined(rest)
-    flags = [argument.partition("=") for argument in joined if argument.startswith("--")]
-    for name, given in Counter(name for name, _, _ in flags).items():
-        if given > 1:
-            values = " and ".join(shorten(value) for flag, _, value in flags if flag == name)
-            raise ConfigError(f"{name.lstrip('-')}: given {given} times ({values}); give it once")
-    known, unknown = parser().parse_known_args([entry_point, *joined])
+    known, unknown = parser().parse_known_args([entry_point, *_joined(rest)])
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
+        if not unknown[0].startswith("-"):
+            raise ConfigError(f"{shorten(unknown[0])!r}: fields are given as --name value")
         own = OWN_PARAMETERS.get(entry_point, {"config": "", "resume": ""})
         raise ConfigError(
             f"unknown field {shorten(name)!r}{nearest(name, [*own, *_config_fields(entry_point)])}"

@@ -61,7 +61,8 @@ class Config(BaseModel):
         None,
         ge=0,
         le=10**9,
-        description="epoch from which ldam_drw weighs classes; none: the first milestone",
+        description="epoch from which ldam_drw weighs classes; none: the first milestone, under a "
+        "cosine as well; without one, the first epoch",
     )
     protocol: Literal["experts", "literature"] = Field(
         "experts",

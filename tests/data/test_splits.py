@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
 from types import SimpleNamespace
@@ -378,6 +379,22 @@ def test_images_per_class_beyond_what_is_there():
     images = images_with([20, 20], [5, 5])
     with pytest.raises(DataError, match=r"^class 0 \(name0\): 21 .* asked, 20 present"):
         make_splits(images, **RECIPE | {"images_per_class": 21, "imbalance_factor": 2})
+
+
+@pytest.mark.parametrize(
+    ("source", "counts", "factor", "remedy"),
+    [
+        ("cifar100", [8, 20], 2, "; give images_per_class=8 or less, or add images"),
+        ("images", [8, 20], 2, "or less, .*; imbalance_profile=natural takes the images as they"),
+        ("images", [20, 8], 2, "; raise imbalance_factor, lower images_per_class, or add images"),
+        ("images", [0, 20], 2, "; add images, or take the class away"),
+    ],
+)
+def test_the_remedy_is_one(source, counts, factor, remedy):
+    """The first class has as many as the largest at any factor."""
+    images = replace(images_with(counts, [5, 5], largest_class=20), source=source)
+    with pytest.raises(DataError, match=remedy):
+        make_splits(images, **RECIPE | {"imbalance_factor": factor})
 
 
 def test_natural_profile_refuses_a_class_without_training_images():

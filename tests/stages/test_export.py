@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
@@ -73,6 +74,15 @@ def test_the_tree_that_argse_reads(finished, tmp_path, caplog):
 def test_names_of_data_sets(manifest, name):
     source = {"source": "cifar100", "images_per_class": None}
     assert export.dataset_name(source | manifest) == name
+
+
+def test_an_expert_that_argse_has_no_place_for_is_not_called_none(experts_copy, capfd):
+    ce = experts_copy["ce"]
+    MlflowClient().set_tag(ce, "expert", "focal")
+    assert main(["export", "--run_ids", ce, "--out", "out"]) == 2
+    assert "no place for loss focal; give runs of ce, logit_adjust, balanced_softmax" in (
+        capfd.readouterr().err
+    )
 
 
 def test_refusals_come_before_anything_is_written(finished, tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -11,8 +12,10 @@ from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
+from longtail_experts.config import make_config
 from longtail_experts.learning.calibration import cross_fit_temperature, deployment_scores
 from longtail_experts.learning.metrics import expected_calibration_error, nll_per_image
+from longtail_experts.stages.inputs import log_offset_of, objective_at
 from longtail_experts.tracking import comparison
 from longtail_experts.tracking.runs import Run
 
@@ -66,6 +69,7 @@ def test_nothing_is_held_out_and_nothing_selected(here, loss):
     assert list(expert.splits) == ["train", "test_balanced"]
     assert len(expert.splits["train"].targets) == sum(CLASS_COUNTS.values())
     assert len(expert.splits["test_balanced"].targets) == 5 * 20
+    assert set(expert.log_offset) == {0}  # of ldam_drw: three epochs, before its weights act
     named = set(run.data.metrics)
     assert not [name for name in named if name.startswith(("val/", "best/", "test_lt/"))]
     assert (
@@ -107,6 +111,17 @@ def test_test_scores_are_cross_fitted_under_the_uniform_prior(here, loss):
     assert "☐ trained" not in note
     assert ("**Approximate:**" in note) is (loss == "ldam_drw")
     assert manifest["log_offset_is_exact"] is (loss == "ce")
+
+
+@pytest.mark.parametrize("fields", [{"milestones": "4,6"}, {"reweight_from": 4}, {}])
+def test_the_offset_of_a_deferred_loss_is_of_the_weights_that_trained_it(fields):
+    config = make_config({"loss": "ldam_drw", "device": "cpu", "milestones": "none", **fields})
+    data = SimpleNamespace(class_counts=lambda split: torch.tensor([50, 5, 1]))
+    for epoch in (0, 3, 4, 9):
+        weights = objective_at(epoch, config, data).keywords["weights"]
+        offset = log_offset_of(config, data, epoch)
+        torch.testing.assert_close(offset, -weights.double().log())
+        assert bool((offset == 0).all()) is (epoch < 4 and bool(fields))
 
 
 def test_it_is_kept_out_of_the_export(here, capfd):

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import psutil
@@ -11,13 +12,15 @@ import yaml
 from mlflow import MlflowClient
 
 from longtail_experts.cli import main
-from longtail_experts.config import Config
+from longtail_experts.config import Config, make_config
 from longtail_experts.learning.losses import LOSSES
 from longtail_experts.stages import main as main_stage
 from longtail_experts.stages import preflight
+from longtail_experts.stages.checks import config_findings
 from longtail_experts.tracking.readiness import duration
 from longtail_experts.tracking.report import LONGEST_DESCRIPTION, fitting
 
+ONE_STEP = SimpleNamespace(size=lambda split: 8)  # as a data set
 # Long enough to be worth stopping, and a warm-up that outlasts it.
 ENDLESS_WARMUP = ("--epochs", "2000", "--warmup_steps", "100000")
 
@@ -43,6 +46,18 @@ def begun(monkeypatch) -> list:
     calls = []
     monkeypatch.setattr(main_stage, "run_one", lambda config, data, loss: calls.append(loss) or "x")
     return calls
+
+
+def test_milestones_of_a_cosine_stop_nothing_and_may_weigh_classes():
+    recipe = {"lr_schedule": "cosine", "early_stopping_patience": 5, "validation_every": 10}
+    found = {
+        loss: {f.field: f for f in config_findings(make_config({"loss": loss, **recipe}), ONE_STEP)}
+        for loss in ("ce", "ldam_drw")
+    }
+    assert found["ce"]["early_stopping_patience"].verdict == "ok"  # not: after the last milestone
+    assert found["ce"]["milestones"].message == "not used by lr_schedule=cosine"
+    assert found["ldam_drw"]["milestones"].message.endswith("weighs classes from epoch 96")
+    assert found["ldam_drw"]["beta"].verdict == "ok"
 
 
 def test_the_report(store, tiny_arguments, capsys):

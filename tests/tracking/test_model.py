@@ -52,7 +52,7 @@ def test_pyfunc_gives_both_priors(model_uri, expected):
     np.testing.assert_allclose(model.predict(images, {"prior": "train"}), train, atol=1e-4)
     np.testing.assert_allclose(model.predict(images[:1]), uniform[:1], atol=1e-4)
     assert np.abs(uniform - train).max() > 0.01
-    with pytest.raises(ValueError, match="must be 'uniform' or 'train'"):
+    with pytest.raises(MlflowException, match="must be 'uniform' or 'train'"):
         model.predict(images[:2], {"prior": "other"})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import urllib.error
 import urllib.request
 
 import mlflow
@@ -50,3 +51,7 @@ def test_the_served_model_gives_the_probabilities_of_the_logits(served, finished
     uniform = ask(served.url, {"inputs": images.tolist()})
     expected = softmax(scores - np.log(expert.prior), axis=1)
     np.testing.assert_allclose(uniform, expected, atol=1e-3)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(served.url, {"inputs": images.tolist(), "params": {"prior": "other"}})
+    assert refused.value.code == 400
+    assert "prior='other': must be 'uniform' or 'train'" in refused.value.read().decode()

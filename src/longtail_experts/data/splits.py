@@ -82,8 +82,12 @@ def make_splits(
     for c, (asked, there) in enumerate(zip(pool_counts, present, strict=True)):
         if asked > there or there == 0:
             remedy = "raise imbalance_factor, lower images_per_class, or add images"
-            if imbalance_profile == "natural":
+            if imbalance_profile == "natural" or there == 0:
                 remedy = "add images, or take the class away"
+            elif asked == max(pool_counts):  # whatever the factor
+                remedy = f"give images_per_class={there} or less, or add images"
+                if images.source == "images":
+                    remedy += "; imbalance_profile=natural takes the images as they are"
             raise DataError(
                 f"class {c} ({images.class_names[c]}): {max(asked, 1)} training images asked, "
                 f"{there} present; {remedy}"

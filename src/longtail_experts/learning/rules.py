@@ -13,6 +13,7 @@ REFERENCE_LR, REFERENCE_BATCH = 0.1, 128  # He et al. (CVPR 2016), section 4.2
 RECIPE_LR = 0.4  # at the same batch: Narasimhan et al. (ICLR 2024), appendix F, with a warm-up
 RECIPE_WEIGHT_DECAY, RECIPE_MOMENTUM = 1e-4, 0.9
 LDAM_WEIGHT_DECAY = 2e-4  # Cao et al. (NeurIPS 2019)
+USED_BY = {"beta": ("class_balanced", "ldam_drw"), "gamma": ("focal",)}
 FEW_IMAGES = 10  # of a class in the train split
 FEW_VALIDATIONS = 5
 LONG_TRAINING = 100_000  # images over all epochs; below it, a quick look
@@ -61,6 +62,11 @@ def tau_rule(tau: float, loss: str) -> Finding:
     return Finding("tau", value, "ok")
 
 
+def knob_rule(name: str, value: float, default: float, loss: str) -> Finding:
+    used = "" if value == default or loss in USED_BY[name] else f"not used by {loss}"
+    return Finding(name, f"{value:g}", "note" if used else "ok", used)
+
+
 def protocol_rule(protocol: str, subset_rule: str) -> Finding:
     if protocol == "literature":
         subset = "" if subset_rule == "ldam" else "; on a subset of its own, not LDAM's"
@@ -84,6 +90,9 @@ def reweight_rule(
     start = min(milestones, default=0) if reweight_from is None else reweight_from
     if start >= epochs:
         says = f"the weights never act: epoch {start} of {epochs}; give 0.8 x epochs as LDAM has it"
+        return Finding("reweight_from", value, "warning", says)
+    if reweight_from is None and not milestones:
+        says = "nothing is deferred: the weights act from epoch 0; give 0.8 x epochs as LDAM has it"
         return Finding("reweight_from", value, "warning", says)
     return Finding("reweight_from", value, "ok", f"weights act from epoch {start}")
 
@@ -157,11 +166,17 @@ def warmup_epochs_rule(warmup_epochs: int, epochs: int, milestones: Sequence[int
 
 
 def milestones_rule(
-    milestones: Sequence[int], epochs: int, lr_schedule: str = "milestones"
+    milestones: Sequence[int],
+    epochs: int,
+    lr_schedule: str = "milestones",
+    reweights: bool = False,
 ) -> Finding:
+    """reweights: whether the loss takes the first one as the epoch from which it weighs classes."""
     value = ",".join(map(str, milestones)) or "none"
     if lr_schedule == "cosine":
         used = "not used by lr_schedule=cosine" if milestones else ""
+        if used and reweights:
+            used += f", but ldam_drw weighs classes from epoch {min(milestones)}"
         return Finding("milestones", value, "note" if used else "ok", used)
     late = [m for m in milestones if m >= epochs]
     if late:

@@ -91,7 +91,7 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     """
     step = trained.chosen["step"]
     prior = prior_of(data.class_counts("train"))
-    log_offset = log_offset_of(config, data)
+    log_offset = log_offset_of(config, data, trained.chosen["epoch"])
     with beside_the_others():
         logits = split_logits(trained.network, config, data)
         calibration = fit(logits, config, data, log_offset, prior)

@@ -57,6 +57,8 @@ def config_findings(config: Config, data: Dataset) -> list[Finding]:
     found = [
         rules.loss_rule(config.loss, config.tau),
         rules.tau_rule(config.tau, config.loss),
+        rules.knob_rule("beta", config.beta, Config().beta, config.loss),
+        rules.knob_rule("gamma", config.gamma, Config().gamma, config.loss),
         rules.source_rule(config.source),
         rules.images_per_class_rule(config.images_per_class, config.source),
         rules.batch_rule(config.batch_size, num_images),
@@ -66,7 +68,12 @@ def config_findings(config: Config, data: Dataset) -> list[Finding]:
         rules.lr_decay_rule(config.lr_decay, config.milestones, config.lr_schedule),
         rules.protocol_rule(config.protocol, config.subset_rule),
         rules.reweight_rule(config.reweight_from, config.loss, config.epochs, config.milestones),
-        rules.milestones_rule(config.milestones, config.epochs, config.lr_schedule),
+        rules.milestones_rule(
+            config.milestones,
+            config.epochs,
+            config.lr_schedule,
+            reweights=config.loss == "ldam_drw" and config.reweight_from is None,
+        ),
         rules.warmup_rule(
             config.warmup_steps,
             steps_per_epoch,
@@ -81,7 +88,7 @@ def config_findings(config: Config, data: Dataset) -> list[Finding]:
             config.early_stopping_patience,
             config.validation_every,
             config.epochs,
-            config.milestones,
+            falls_at,
         ),
         rules.checkpoint_rule(config.checkpoint_every, config.epochs),
         rules.precision_rule(config.device, config.precision, has_bf16_instructions()),

@@ -156,8 +156,13 @@ def write_files(out: Path, files: dict[str, Any]) -> None:
 
 def _loss_of(run_: Run) -> str:
     loss = run_.tags.get("expert")
+    if loss is None:
+        raise RunError(f"run {run_.run_id}: is not the run of an expert (it has no tag expert)")
     if loss not in ARGSE_NAMES:
-        raise RunError(f"run {run_.run_id}: is not the run of an expert (its tag expert is {loss})")
+        raise RunError(
+            f"run {run_.run_id}: AR-GSE has no place for loss {shorten(loss)}; give runs of "
+            f"{', '.join(ARGSE_NAMES)} (longtail_experts.load_expert_logits reads any)"
+        )
     return loss
 
 

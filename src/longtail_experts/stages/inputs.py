@@ -111,9 +111,23 @@ def knobs_of(config: Config) -> Knobs:
     return Knobs(tau=config.tau, beta=config.beta, gamma=config.gamma)
 
 
-def log_offset_of(config: Config, data: Dataset) -> torch.Tensor:
-    """float64 [C]; f + log_offset is the log-posterior under the training prior."""
-    return LOSSES[config.loss].log_offset(data.class_counts("train"), knobs_of(config))
+def log_offset_of(config: Config, data: Dataset, epoch: int) -> torch.Tensor:
+    """float64 [C]; f + log_offset is the log-posterior under the training prior.
+
+    f is the network as it is after `epoch`: weights that a deferred loss had not applied by then
+    are not in it.
+    """
+    loss, class_counts = LOSSES[config.loss], data.class_counts("train")
+    if loss.is_deferred and epoch < reweighted_from(config):
+        return torch.zeros(len(class_counts), dtype=torch.float64)
+    return loss.log_offset(class_counts, knobs_of(config))
+
+
+def reweighted_from(config: Config) -> int:
+    """The epoch from which a deferred loss weighs classes."""
+    if config.reweight_from is None:
+        return min(config.milestones, default=0)
+    return config.reweight_from
 
 
 def build_network(config: Config, data: Dataset) -> ResNet32:
@@ -127,15 +141,12 @@ def objective_at(epoch: int, config: Config, data: Dataset, device: str | None =
 
     It takes plain targets, and with mixup those of a mixed batch as well.
     """
-    start = config.reweight_from
-    if start is None:
-        start = min(config.milestones, default=0)
     objective = objective_of(
         config.loss,
         data.class_counts("train"),
         knobs_of(config),
         device or config.device,
-        is_reweighted=epoch >= start,
+        is_reweighted=epoch >= reweighted_from(config),
     )
     return partial(mixed, objective) if config.mixup else objective
 

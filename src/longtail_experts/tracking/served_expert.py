@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mlflow.exceptions import MlflowException
 
 
 class ServedExpert:
@@ -20,7 +21,9 @@ class ServedExpert:
         """uint8 images [N, 32, 32, 3] -> probabilities float32 [N, C]."""
         asked = (params or {}).get("prior", "uniform")
         if asked not in ("uniform", "train"):
-            raise ValueError(f"prior={asked!r}: must be 'uniform' or 'train'")
+            raise MlflowException.invalid_parameter_value(  # the server passes its message on
+                f"prior={asked!r}: must be 'uniform' or 'train'"
+            )
         images = torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.uint8))
         with torch.no_grad():
             probabilities = self.program(images).numpy()
