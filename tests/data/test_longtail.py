@@ -94,6 +94,11 @@ def test_step(num_classes, largest, factor, counts):
     assert profile_counts("step", num_classes, largest, factor) == counts
 
 
+def test_a_whole_number_of_images_survives_the_rounding_of_its_formula():
+    assert 49 * 49**-1.0 < 1
+    assert profile_counts("exp", 3, 49, 49) == [49, 7, 1]
+
+
 def test_exp_of_a_single_class():
     assert profile_counts("exp", 1, 12, 4) == [12]
 

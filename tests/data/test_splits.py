@@ -241,6 +241,7 @@ def test_same_settings_same_splits(cifar, recipe):
 
 def test_split_seed_changes_every_split_but_no_size(cifar, recipe):
     other = make_splits(cifar, **RECIPE | {"split_seed": 43})
+    assert (recipe.splits.settings["split_seed"], other.settings["split_seed"]) == (42, 43)
     assert other.sha256 != recipe.splits.sha256
     for name in SPLITS:
         assert len(other.indices[name]) == SIZES[name]

@@ -95,6 +95,7 @@ def test_logits_all_right_or_all_wrong_end_at_a_bound(target_of, bound):
 
 
 def test_interval_against_a_direct_bootstrap(monkeypatch):
+    assert calibration.NUM_RESAMPLES == 1000
     monkeypatch.setattr(calibration, "NUM_RESAMPLES", 30)
     logits, targets = synthetic(2.0, LOG_PRIOR, num_images=200)
     fitted = fit_temperature(logits, targets, LOG_PRIOR, bootstrap_seed=7)

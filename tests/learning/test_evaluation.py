@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 from longtail_experts.learning.evaluation import (
     deployment_priors,
     evaluate,
+    evaluate_scores,
     label_frequencies,
     posthoc_accuracies,
     prior_weighted_accuracy,
@@ -106,6 +107,17 @@ def test_every_figure_from_first_principles(seed, offset, deployment):
     assert values["nll"] != pytest.approx(values["nll_uncalibrated"], abs=0.01)
 
 
+def test_scores_as_they_are_from_first_principles():
+    logits, targets = random_case(5)
+    probabilities = posterior(logits, 2.5, np.log(PRIOR), np.full(CLASSES, 1 / 6))
+    scores = torch.tensor(np.log(probabilities))
+    values = evaluate_scores(scores, torch.tensor(targets), GROUPS)
+    expected = first_principles(probabilities, targets)
+    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    predictions = probabilities.argmax(1)
+    assert values["balanced_accuracy"] == balanced_accuracy_score(targets, predictions)
+
+
 def test_for_ce_under_the_uniform_prior_adjusted_is_post_hoc_logit_adjustment():
     logits, targets = random_case(2)
     values = evaluated(logits, targets, 1.0, np.zeros(CLASSES), np.full(CLASSES, 1 / 6))
@@ -149,6 +161,8 @@ def test_prior_weighted_accuracy_by_hand():
     targets = torch.tensor([0, 0, 1, 1, 2])  # recalls 1, 1/2, 0
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     assert prior_weighted_accuracy(logits, targets, weights) == pytest.approx(0.65)
+    without_the_last = prior_weighted_accuracy(logits[:4], targets[:4], weights)
+    assert math.isnan(without_the_last)  # no image of a class: not the sum over the others
 
 
 def test_prior_weighted_accuracy_lies_between_its_two_special_cases():

@@ -209,13 +209,14 @@ def test_prior_of_refuses_a_class_without_images():
         prior_of(torch.tensor([0, 2]))
 
 
-def test_the_sum_is_taken_in_float32_for_bf16_logits():
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_sum_is_taken_in_float32_for_bf16_logits(name):
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(64, 100, generator=generator)).bfloat16()
     targets = torch.randint(100, (64,), generator=generator)
-    loss = objective_of("logit_adjust", POOL_COUNTS, Knobs())(logits, targets)
+    loss = objective_of(name, POOL_COUNTS, Knobs())(logits, targets)
     assert loss.dtype == torch.float32
-    expected = F.cross_entropy(logits.double() + prior_of(POOL_COUNTS).log(), targets)
+    expected = loss_of(name, logits.double(), targets, POOL_COUNTS)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 

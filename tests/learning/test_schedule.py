@@ -55,6 +55,14 @@ def test_warmup_is_linear_and_full_at_its_last_step(warmup):
     assert recipe_lr(warmup + 1, warmup) == 0.4
 
 
+def test_a_cosine_is_warmed_up_as_well():
+    half_way = 0.4 * (1 + math.cos(math.pi / 2)) / 2
+    settings = {"lr": 0.4, "lr_decay": 0.1, "milestones": (), "steps_per_epoch": STEPS}
+    for warmup, share in (({"warmup_epochs": 200}, 129 / 200), ({"warmup_steps": 40_000}, 0.21763)):
+        found = lr_at(128 * STEPS, **{"warmup_steps": 0, **settings, **warmup}, cosine_epochs=256)
+        assert found == pytest.approx(half_way * share, rel=1e-4)
+
+
 @pytest.mark.parametrize("warmup", [0, 1])
 def test_no_warmup_starts_at_the_full_rate(warmup):
     assert recipe_lr(0, warmup) == 0.4

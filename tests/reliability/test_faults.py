@@ -109,8 +109,40 @@ def test_a_line_cut_off_by_a_crash_harms_no_other(run):
     with Recorder(run) as recorder:
         recorder.recall([])
         recorder.log_points([("lr", 0.25, 4), ("lr", 0.5, 3)])
+        kept = read_points(recorder.folder / "points.jsonl")
+        assert [point[:3] for point in kept] == [("lr", 0.5, 3), ("lr", 0.25, 4)]
         recorder.finish(20)
     assert run.history("lr") == [(3, 0.5), (4, 0.25)]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_another(run, monkeypatch):
+    fsync, replace, done = os.fsync, os.replace, []
+
+    def noted_fsync(number):
+        done.append(("fsync", Path(f"/proc/self/fd/{number}").resolve().name))
+        fsync(number)
+
+    def noted_replace(source, target):
+        done.append((Path(source).name, Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(run, "upload", lambda *_, **__: None)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    with Recorder(run) as recorder:
+        for step in (1, 2):
+            recorder.save_checkpoint("last", checkpoint(step))
+    first = [("fsync", "last.tmp"), ("last.tmp", "last.pt")]
+    assert done == [*first, first[0], ("last.pt", "previous.pt"), first[1]]
+
+
+@pytest.mark.parametrize(("here", "stored"), [(5, 9), (9, 5)])
+def test_the_newest_checkpoint_is_gone_on_with_wherever_it_is(run, here, stored):
+    with Recorder(run) as recorder:
+        recorder.save_checkpoint("last", checkpoint(stored))
+        recorder.finish(20)
+        torch.save(checkpoint(here), recorder.folder / "last.pt")
+        assert recorder.latest()["step"] == 9
 
 
 def test_checkpoints_are_sent_seldom_where_sending_is_slow_but_the_last_one_always(

@@ -17,9 +17,10 @@ from reliability.harness import all_runs, history, last_checkpoint, of_reference
 from longtail_experts.cli import main
 from longtail_experts.learning import step as steps
 from longtail_experts.learning.step import NonFiniteLossError
+from longtail_experts.stages import train
 from longtail_experts.stages.inputs import load_dataset
 from longtail_experts.tracking.experts import recorded_config
-from longtail_experts.tracking.recorder import Recorder, local_folder
+from longtail_experts.tracking.recorder import Recorder, local_folder, read_points
 from longtail_experts.tracking.runs import Run, RunError
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -139,6 +140,47 @@ def test_a_signal_at_any_step_ends_in_the_same_weights(
         theirs = history(three_experts["ce"]), last_checkpoint(three_experts["ce"])["model"]
     assert ours[0] == {name: theirs[0][name] for name in ours[0]}
     assert all(torch.equal(ours[1][name], weights) for name, weights in theirs[1].items())
+
+
+def test_what_early_stopping_has_seen_is_kept(store, tiny_arguments, monkeypatch):
+    """The best of the first epoch, then two without a better one, the second after resuming."""
+
+    def validate(state, epoch, *_):
+        return {"loss": 1.0, "balanced_accuracy": 0.9 if epoch == 0 else 0.1}
+
+    def terminated_in_the_third_epoch(*args):
+        loss = train_step(*args)
+        if args[0].step == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    train_step = steps.train_step
+    monkeypatch.setattr(train, "validate", validate)
+    fields = {"validation_every": 1, "early_stopping_patience": 2, "milestones": "none"}
+    arguments = [*tiny_arguments, *arguments_of(fields)]
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "train_step", terminated_in_the_third_epoch)
+        assert main(["train", "--loss", "ce", *arguments]) == 143
+    (run_id,) = (run.info.run_id for run in training_runs())
+    folder = local_folder(run_id)
+    best = torch.load(folder / "best.pt", weights_only=True)
+    assert best["step"] == 7
+    points = torch.load(folder / "last.pt", weights_only=True)["points"]
+    assert [(name, step) for name, _, step, _ in points if name == "epoch"] == [
+        ("epoch", 7),
+        ("epoch", 15),
+    ]
+    assert points == read_points(folder / "points.jsonl")
+
+    assert main(["train", "--resume", run_id]) == 0
+    assert Run(run_id).tags["training"] == "early_stopped"
+    assert [step for step, _ in history(run_id)["epoch"]] == [7, 15, 23]
+    assert last_checkpoint(run_id)["step"] == 23
+    path = MlflowClient().download_artifacts(run_id, "checkpoints/best.pt")
+    kept = torch.load(path, weights_only=True)
+    assert kept["step"] == 7
+    assert kept["model"].keys() == best["model"].keys()
+    assert all(torch.equal(kept["model"][name], w) for name, w in best["model"].items())
 
 
 def test_a_run_interrupted_as_soon_as_it_is_there_goes_on(

@@ -22,7 +22,7 @@ from longtail_experts.config import make_config
 from longtail_experts.stages import compare
 from longtail_experts.tracking import comparison, comparison_figures
 from longtail_experts.tracking.comparison import distinct_labels
-from longtail_experts.tracking.runs import RunError, start_run
+from longtail_experts.tracking.runs import Run, RunError, start_run
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
 FIGURES = {"per_class", "head_tail", "posthoc", "reliability", "pairs", "ensemble"}
@@ -123,6 +123,18 @@ def test_the_table_holds_the_recorded_figures_and_marks_the_best(compared):
     nlls = [float(cell.strip(" *")) for cell in line.split("|")]
     marked = [float(cell.strip(" *")) for cell in line.split("|") if "**" in cell]
     assert set(marked) == {min(nlls)}
+
+
+def test_training_seconds_are_images_over_their_rates(finished):
+    client = MlflowClient()
+    (one,) = comparison.read_members([Run(finished["ce"])])
+    rates = client.get_metric_history(finished["ce"], "train/images_per_second")
+    num_images = len(one.expert.splits["train"].targets)
+    assert len(rates) == 6
+    assert one.training_seconds == pytest.approx(sum(num_images / r.value for r in rates))
+    run = client.get_run(finished["ce"])
+    assert one.seconds == (run.info.end_time - run.info.start_time) / 1000 > one.training_seconds
+    assert one.metrics == run.data.metrics
 
 
 def test_differences_are_listed_and_equal_settings_are_not(compared):

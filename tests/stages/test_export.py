@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -51,6 +52,11 @@ def test_the_tree_that_argse_reads(finished, tmp_path, caplog):
             assert weights["temperature"].shape == (1,)
             assert float(weights.pop("temperature")) == pytest.approx(temperature, rel=1e-6)
             ResNet32(5).load_state_dict(weights)
+            of_run = mlflow.artifacts.download_artifacts(
+                run_id=finished[loss], artifact_path="checkpoints/final_calibrated.pt"
+            )
+            for tensor, own in torch.load(of_run, weights_only=True)["model"].items():
+                assert torch.equal(weights[tensor], own)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +71,10 @@ def test_the_tree_that_argse_reads(finished, tmp_path, caplog):
         ),
         ({"imbalance_profile": "step", "imbalance_factor": 50.0}, "cifar100_lt_step_if50"),
         ({"imbalance_profile": "natural", "imbalance_factor": None}, "cifar100_natural"),
+        (
+            {"imbalance_profile": "exp", "imbalance_factor": 100.0, "images_per_class": 500},
+            "cifar100_lt_if100",
+        ),
         (
             {"imbalance_profile": "exp", "imbalance_factor": 5.0, "images_per_class": 10},
             "cifar100_lt_if5_n10",

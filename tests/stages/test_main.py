@@ -7,20 +7,34 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_COUNTS, TINY_EXPERT, assert_same_logits
+from conftest import (
+    CLASS_COUNTS,
+    TINY_EXPERT,
+    assert_same_logits,
+    use_blank_figures,
+    use_small_network,
+    use_store,
+)
 from mlflow import MlflowClient
 from reliability.harness import all_runs, history, of_reference
+from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
 from longtail_experts.config import MLFLOW_RUN, Config, make_config
+from longtail_experts.data.batches import plain_batches
+from longtail_experts.data.sources import folder_images
+from longtail_experts.learning.calibration import fit_temperature
+from longtail_experts.learning.resnet import ResNet32
+from longtail_experts.learning.step import predict_logits
 from longtail_experts.stages import calibrate as calibrate_stage
 from longtail_experts.stages import main as main_stage
 from longtail_experts.stages import train as train_stage
@@ -141,16 +155,115 @@ def test_logged_figures_follow_from_the_exported_logits(finished, loss):
             "best/val_balanced_accuracy" if split == "val_lt" else f"{split}/balanced_accuracy"
         ]
         assert logged == pytest.approx(balanced, abs=1e-12)
+    frequencies = np.bincount(expert.splits["test_lt"].targets, minlength=5) / len(
+        expert.splits["test_lt"].targets
+    )
+    for split, q in (("test_balanced", np.full(5, 0.2)), ("test_lt", frequencies)):
+        stored = expert.splits[split]
+        for temperature, end in ((expert.temperature, ""), (1.0, "_uncalibrated")):
+            scores = stored.logits.astype(np.float64) / temperature
+            scores += expert.log_offset - np.log(expert.prior) + np.log(q)
+            log_p = log_softmax(scores, axis=1)
+            nll = -log_p[np.arange(len(log_p)), stored.targets].mean()
+            assert metrics[f"{split}/nll{end}"] == pytest.approx(nll, abs=1e-9)
+            if not end:
+                adjusted = balanced_accuracy_score(stored.targets, log_p.argmax(1))
+                assert metrics[f"{split}/adjusted_balanced_accuracy"] == pytest.approx(adjusted)
+
+
+def test_the_temperature_is_that_of_calib_under_the_training_prior():
+    random = np.random.RandomState(0)
+    targets = {split: random.randint(0, 5, 60) for split in ("calib", "val_lt", "tuneV")}
+    logits = {split: 4 * random.randn(60, 5) + 6 * np.eye(5)[y] for split, y in targets.items()}
+    offset = np.log([0.5, 0.2, 0.15, 0.1, 0.05])
+
+    def nll(log_temperature: float) -> float:
+        scores = logits["calib"] / np.exp(log_temperature) + offset
+        return -log_softmax(scores, axis=1)[np.arange(60), targets["calib"]].mean()
+
+    data = SimpleNamespace(
+        split_names=tuple(targets), targets=lambda split: torch.tensor(targets[split])
+    )
+    tensors = {split: torch.tensor(values) for split, values in logits.items()}
+    config = make_config({"loss": "logit_adjust", "split_seed": 7})
+    log_offset = torch.tensor(offset)
+    found = calibrate_stage.fit(tensors, config, data, log_offset, log_offset.exp())
+    best = minimize_scalar(nll, bounds=(-4, 4), method="bounded", options={"xatol": 1e-9})
+    assert found.temperature.value == found.of_rows == pytest.approx(np.exp(best.x), rel=1e-5)
+    again = fit_temperature(tensors["calib"], data.targets("calib"), log_offset, bootstrap_seed=7)
+    assert found.temperature == again
+    assert found.source == "calib"
+
+
+def test_the_prior_weighted_accuracy_is_of_the_whole_pool(finished):
+    pool = np.array(list(CLASS_COUNTS.values())) / sum(CLASS_COUNTS.values())
+    stored = load_expert_logits(finished["ce"]).splits["test_balanced"]
+    recall = recall_score(stored.targets, stored.logits.argmax(1), average=None)
+    logged = run_of(finished["ce"]).metrics["test_balanced/prior_weighted_accuracy"]
+    assert logged == pytest.approx(float(pool @ recall), abs=1e-12)
+
+
+def run_of(run_id: str) -> mlflow.entities.RunData:
+    return MlflowClient().get_run(run_id).data
+
+
+@pytest.fixture(scope="module")
+def best_is_not_last(tmp_path_factory, migrated_database, tiny_arguments) -> Path:
+    """A store with an expert whose first validation, of three, was the best."""
+    folder, given = tmp_path_factory.mktemp("best"), iter((0.9, 0.2, 0.1))
+    validate = train_stage.validate
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_network(patch)
+        use_blank_figures(patch)
+        use_store(folder, migrated_database, patch)
+        patch.setattr(
+            train_stage,
+            "validate",
+            lambda *arguments: {**validate(*arguments), "balanced_accuracy": next(given)},
+        )
+        assert main(["main", "--loss", "ce", *tiny_arguments]) == 0
+    return folder
+
+
+def test_what_is_reported_is_of_the_best_checkpoint_and_not_of_the_last(
+    best_is_not_last, image_folder, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{best_is_not_last / 'mlflow.db'}")
+    experiment = mlflow.get_experiment_by_name("tests").experiment_id
+    (run,) = MlflowClient().search_runs([experiment])
+    run_id = run.info.run_id
+    folder = next(best_is_not_last.glob(f"mlruns/*/{run_id}/artifacts/checkpoints"))
+    contents = {
+        name: torch.load(folder / f"{name}.pt", weights_only=True)
+        for name in ("best", "last", "final_calibrated")
+    }
+    assert {name: content["step"] for name, content in contents.items()} == {
+        "best": 15,
+        "last": 47,
+        "final_calibrated": 15,
+    }
+    expert = load_expert_logits(run_id)
+    final = contents["final_calibrated"]
+    assert run.data.metrics["temperature"] == expert.temperature
+    assert float(final["temperature"]) == pytest.approx(expert.temperature, rel=1e-6)
+    for name in ("log_offset", "prior"):
+        np.testing.assert_allclose(final[name].numpy(), getattr(expert, name), rtol=1e-6)
+
     stored = expert.splits["test_balanced"]
-    for temperature, end in ((expert.temperature, ""), (1.0, "_uncalibrated")):
-        scores = stored.logits.astype(np.float64) / temperature
-        scores += expert.log_offset - np.log(expert.prior)
-        log_p = log_softmax(scores, axis=1)
-        nll = -log_p[np.arange(len(log_p)), stored.targets].mean()
-        assert metrics[f"test_balanced/nll{end}"] == pytest.approx(nll, abs=1e-9)
-        if not end:
-            adjusted = balanced_accuracy_score(stored.targets, log_p.argmax(1))
-            assert metrics["test_balanced/adjusted_balanced_accuracy"] == pytest.approx(adjusted)
+    images = torch.from_numpy(folder_images(image_folder).test_images[stored.indices])
+    logits = {}
+    for name, content in contents.items():
+        network = ResNet32(5)
+        network.load_state_dict(content["model"])
+        logits[name] = predict_logits(network, plain_batches(images, 8, "cpu")).numpy()
+    np.testing.assert_allclose(stored.logits, logits["best"], atol=1e-4)
+    np.testing.assert_array_equal(logits["final_calibrated"], logits["best"])
+    assert np.abs(logits["best"] - logits["last"]).max() > 0.1
+    of = {n: balanced_accuracy_score(stored.targets, v.argmax(1)) for n, v in logits.items()}
+    assert of["best"] != of["last"]
+    for name, metric in (("best", "balanced_accuracy"), ("last", "balanced_accuracy_last")):
+        (point,) = MlflowClient().get_metric_history(run_id, f"test_balanced/{metric}")
+        assert (point.value, point.step) == (pytest.approx(of[name]), contents[name]["step"])
 
 
 def test_tables_agree_with_metrics_and_splits(finished):

@@ -86,7 +86,43 @@ def test_a_short_schedule_and_an_own_subset_are_labelled(short):
     assert "short schedule (64 of 256 epochs)" in text.split("## ")[1]
     assert "**Short schedule:** 64 of 256 epochs" in text
     assert "**own subset**" in text
-    assert "8,677 trained on" in text
+    assert "10,847 images in the pool, 8,677 trained on, 8,928 in `test_balanced`." in text
+
+
+EPOCH_OF_THEIRS = "there mostly the epoch best on the test images"
+
+
+@pytest.mark.parametrize(
+    ("fields", "manifest", "says"),
+    [
+        (
+            {"epochs": 64},
+            MANIFEST,
+            [
+                "images: 8,677 of a pool of 10,847 trained on, 8,928 tested on; there 10,847 and "
+                "10,000",
+                "subset: drawn by `split_seed`; there that of LDAM's code or another one",
+                f"selection: on `val_lt`; {EPOCH_OF_THEIRS}",
+            ],
+        ),
+        (
+            {"epochs": 200, **LITERATURE},
+            None,
+            [f"selection: none, the last epoch; {EPOCH_OF_THEIRS}"],
+        ),
+    ],
+)
+def test_what_differs_from_the_published_figures_is_that_of_the_protocol(
+    store, fields, manifest, says
+):
+    sweep = add_sweep(store)
+    add_trial(store, sweep, figures(0.4), manifest=manifest, **fields)
+    part = results(sweep).split("### Beside the published figures\n\n")[1].split("\n\n")[0]
+    assert part.splitlines() == [
+        f"- epochs: {fields['epochs']} here; theirs are in the table",
+        *(f"- {line}" for line in says),
+        "- seeds: a mean and its interval; there one figure, unless the table says else",
+    ]
 
 
 def test_the_full_schedule_is_not_called_short(store):
@@ -207,9 +243,20 @@ def test_equal_stores_give_equal_pages(short):
 def test_published_figures_stand_beside_what_they_are_comparable_with(short, store):
     text = results(short)
     (part,) = text.split("## Published figures")[1:]
-    for one in PUBLISHED:
-        assert f"| {one.top1:.2f} |" in part
-        assert one.paper in part
+    rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("|")]
+    shown = [(row[0], row[1], *row[-3:]) for row in rows[2:]]
+    assert rows[0][-3:] == ["top-1, %", "many / medium / few", "ECE, %"]
+    assert shown == [
+        (
+            one.method,
+            one.paper,
+            f"{one.top1:.2f}",
+            "-" if one.by_class is None else "{:.1f} / {:.1f} / {:.1f}".format(*one.by_class),
+            "-" if one.ece is None else f"{one.ece:.2f}",
+        )
+        for one in PUBLISHED
+    ]
+    assert {row[-1] for row in shown} > {"-"}
     assert "None was measured here" in part
     assert "### Beside the published figures" in text
     elsewhere = add_sweep(store)

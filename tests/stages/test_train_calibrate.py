@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import TINY_EXPERT, assert_same_logits
 from mlflow import MlflowClient
+from torch.nn import functional as F
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
@@ -85,6 +86,16 @@ def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys)
     assert main(["calibrate", "--run_id", run_id]) == 0
     assert "calibrated already" in capsys.readouterr().out
     assert (only_run().data.metrics, report.stat().st_mtime_ns) == before
+
+
+def test_figures_of_an_epoch_are_those_of_its_weights_and_of_its_time(finished):
+    run = Run(finished["ce"])
+    metrics, val_lt = run.metrics, load_expert_logits(run.run_id).splits["val_lt"]
+    loss = F.cross_entropy(torch.tensor(val_lt.logits), torch.tensor(val_lt.targets))
+    assert dict(run.history("val/loss"))[metrics["best/step"]] == pytest.approx(float(loss))
+    checkpoints = artifact_folder(Path(finished["folder"]), run.run_id) / "checkpoints"
+    seconds = torch.load(checkpoints / "last.pt")["seconds"]
+    assert metrics["train/images_per_second"] * seconds == pytest.approx(63)
 
 
 def test_calibrate_refuses_what_another_is_calibrating(store, trained_briefly, capfd):
@@ -170,7 +181,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(store, tiny_arguments, c
 
 def test_early_stopping_counts_validations_after_the_last_milestone(store, tiny_arguments):
     arguments = [*tiny_arguments, "--epochs", "30", "--validation_every", "1", "--milestones", "3"]
-    arguments += ["--lr", "0.000001", "--early_stopping_patience", "2"]
+    arguments += ["--lr", "0.000001", "--early_stopping_patience", "2", "--checkpoint_every", "30"]
     assert main(["train", "--loss", "ce", *arguments]) == 0
     run = only_run()
     assert run.data.tags["training"] == "early_stopped"
@@ -178,6 +189,9 @@ def test_early_stopping_counts_validations_after_the_last_milestone(store, tiny_
     history = MlflowClient().get_metric_history(run.info.run_id, "val/balanced_accuracy")
     values = [point.value for point in history]
     assert max(values[-2:]) <= max(values[:-2])
+    losses = MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+    last = torch.load(artifact_folder(store, run.info.run_id) / "checkpoints/last.pt")
+    assert last["step"] == max(point.step for point in losses)
 
 
 def test_logits_that_are_not_finite_are_refused_before_anything_is_written(
@@ -197,6 +211,7 @@ def test_logits_that_are_not_finite_are_refused_before_anything_is_written(
 def test_a_schedule_without_steps_has_no_last_milestone():
     """Where early stopping would otherwise wait for one that does nothing."""
     assert train.last_milestone(make_config({"milestones": "96,192"})) == 192
+    assert train.last_milestone(make_config({"milestones": "96,192", "epochs": "100"})) == 96
     assert train.last_milestone(make_config({"lr_schedule": "cosine"})) == 0
 
 
@@ -206,6 +221,15 @@ def test_a_worse_validation_is_not_chosen_and_counts_against_patience():
     assert not selection.chooses(0.1, 1, 15)
     assert selection.is_over
     assert selection.best == {"epoch": 0, "step": 7, "val_balanced_accuracy": 0.2}
+
+
+def test_a_better_validation_lets_patience_start_anew():
+    selection = Selection(patience=2, starts_at=0)
+    for epoch, value in enumerate([0.1, 0.05, 0.2, 0.15]):
+        selection.chooses(value, epoch, epoch)
+    assert not selection.is_over
+    selection.chooses(0.15, 4, 4)
+    assert selection.is_over
 
 
 def test_ties_go_to_the_later_checkpoint_but_do_not_count_as_better():

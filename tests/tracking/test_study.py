@@ -80,6 +80,27 @@ def test_seeds_and_where_it_ran_make_no_group():
 
 
 @pytest.mark.parametrize(
+    ("loss", "name", "values"),
+    [
+        ("ce", "fused", ("false", "true")),
+        ("ce", "batch_size", (64, 128)),
+        ("ce", "epochs", (200, 256)),
+        ("ce", "lr", (0.1, 0.4)),
+        ("logit_adjust", "tau", (1, 2)),
+        ("class_balanced", "beta", (0.9, 0.99)),
+        ("focal", "gamma", (1, 2)),
+        ("ldam_drw", "beta", (0.9, 0.99)),
+        ("ldam_drw", "reweight_from", (100, 160)),
+    ],
+)
+def test_trainings_of_other_seeds_and_another_setting_are_two_groups(loss, name, values):
+    first, second = values
+    trials = [trial(loss=loss, **{name: first}), trial(loss=loss, seed=1, **{name: second})]
+    assert labels(*trials) == [f"{loss} {name} {first}", f"{loss} {name} {second}"]
+    assert list(differing_settings(study(*trials))) == [name]
+
+
+@pytest.mark.parametrize(
     ("settings", "told"),
     [
         ({"loss": ["ce", "logit_adjust"]}, ["ce", "logit_adjust"]),
@@ -190,7 +211,23 @@ def test_unequal_splits_under_one_split_seed_are_refused():
         study(first, second)
     assert first.run_id in str(refused.value)
     assert second.run_id in str(refused.value)
-    study(first, trial(splits="b" * 64, imbalance_factor=10))  # another pool, other splits
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"protocol": "literature"},
+        {"source": "images"},
+        {"imbalance_profile": "step"},
+        {"imbalance_factor": 10},
+        {"images_per_class": 100},
+        {"subset_rule": "ldam"},
+        {"split_seed": 7},
+    ],
+)
+def test_unequal_splits_of_another_pool_are_another_group(other):
+    found = study(trial(splits="a" * 64), trial(seed=1, splits="b" * 64, **other))
+    assert len(found.groups) == (1 if "split_seed" in other else 2)
 
 
 # --- intervals and pairs ----------------------------------------------------------------------
@@ -311,6 +348,84 @@ def test_the_tables_hold_mean_interval_and_n():
     assert row["balanced"] == f"{100 * np.mean(gains):+.2f} ± {100 * half:.2f}"
     assert "training noise only" in next(s.words for s in sections)
     assert not any("test_lt" in s.title for s in sections)
+
+
+@pytest.mark.parametrize("split", ["test_balanced", "test_lt"])
+def test_every_figure_of_a_split_stands_in_its_column(split):
+    recorded = {
+        "accuracy": 0.01,
+        "balanced_accuracy": 0.02,
+        "head_accuracy": 0.03,
+        "tail_accuracy": 0.04,
+        "many_accuracy": 0.05,
+        "medium_accuracy": 0.06,
+        "few_accuracy": 0.07,
+        "adjusted_accuracy": 0.08,
+        "adjusted_balanced_accuracy": 0.09,
+        "nll_uncalibrated": 3.1,
+        "nll": 2.9,
+        "ece_uncalibrated": 0.11,
+        "ece": 0.12,
+    }
+    metrics = {f"{split}/{name}": value for name, value in recorded.items()}
+    sections = study_report.sections_of(study(trial(metrics=metrics | {"temperature": 2.5})))
+    assert cells(sections, f"Accuracy on {split}, {TRAINING}", "ce") == {
+        "n": "1",
+        "balanced": "2.00",
+        "head": "3.00",
+        "tail": "4.00",
+        "many": "5.00",
+        "medium": "6.00",
+        "few": "7.00",
+        "overall": "1.00",
+        "adjusted balanced": "9.00",
+    }
+    found = cells(sections, f"Calibration on {split}, {TRAINING}", "ce")
+    assert found.pop("T", None) == ("2.500" if split == "test_balanced" else None)
+    assert found == {
+        "n": "1",
+        "NLL, T = 1": "3.100",
+        "NLL, calibrated": "2.900",
+        "ECE %, T = 1": "11.00",
+        "ECE %, calibrated": "12.00",
+    }
+
+
+def test_the_picture_holds_the_figures_and_in_its_differences_the_gains(monkeypatch, tmp_path):
+    figures = {"balanced": 0.01, "head": 0.02, "tail": 0.05}  # a seed more
+    trials = [
+        trial(
+            loss=loss,
+            seed=seed,
+            metrics={
+                f"test_balanced/{group}_accuracy": start + seed * step + (loss != "ce") * 2 * step
+                for group, step in figures.items()
+            }
+            | {"temperature": start + seed, "test_balanced/ece": 0.03},
+        )
+        for loss, start in (("ce", 0.3), ("logit_adjust", 0.4))
+        for seed in (0, 1)
+    ]
+    drawn = []
+    monkeypatch.setattr(study_report.study_figures, "intervals", lambda *given: drawn.append(given))
+    study_report.draw(study(*trials), "a study", tmp_path / "intervals.png")
+    ((groups, panels, *_),) = drawn
+    assert groups == ["ce", "logit_adjust"]
+    expected = {
+        f"{group} accuracy, %": ([30, 30 + 100 * step], [40 + 200 * step, 40 + 300 * step])
+        for group, step in figures.items()
+    }
+    for group, step in figures.items():
+        gain = 10 + 200 * step
+        expected[f"{group}: paired difference from ce, points"] = ([], [gain, gain])
+    expected["temperature"] = ([0.3, 1.3], [0.4, 1.4])
+    expected["ECE calibrated, %"] = ([3, 3], [3, 3])
+    assert [panel.title for panel in panels] == list(expected)
+    for panel, of_groups in zip(panels, expected.values(), strict=True):
+        for (values, by_kind), told in zip(panel.rows, of_groups, strict=True):
+            assert values == pytest.approx(told)
+            mean = by_kind[TRAINING].mean if told else by_kind[TRAINING]
+            assert mean == (pytest.approx(np.mean(told)) if told else None)
 
 
 def test_a_difference_is_marked_where_its_interval_does_not_hold_zero():
