@@ -547,6 +547,18 @@ def test_class_in_one_half_only_is_named(colour_folder):
         folder_images(colour_folder)
 
 
+def test_what_is_left_out_of_class_folders_is_told(colour_folder, caplog):
+    (colour_folder / "test" / "zebra" / ".DS_Store").touch()
+    before = folder_images(colour_folder)
+    assert not caplog.records
+    (colour_folder / "test" / "zebra" / "more.png").mkdir()
+    (colour_folder / "test" / "zebra" / "photo.jfif").touch()
+    assert folder_images(colour_folder).fingerprint == before.fingerprint
+    (record,) = caplog.records
+    assert "left out 2 entries" in record.getMessage()
+    assert record.getMessage().endswith("the first 'test/zebra/more.png'")
+
+
 @pytest.mark.parametrize("half", ["train", "test"])
 def test_class_without_images_is_named(colour_folder, half):
     for path in (colour_folder / half / "zebra").iterdir():

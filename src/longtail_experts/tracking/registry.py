@@ -55,8 +55,6 @@ def _register(run: Run, name: str) -> str | None:
     if run.tags.get("registered_as", "").rpartition("/")[0] == name:
         return None
     client = run.client
-    if not client.search_registered_models(f"name = '{name}'", max_results=1):
-        client.create_registered_model(name)
     begun = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
     if begun:
         version = begun[0].version
