@@ -1,3 +1,5 @@
+from itertools import repeat
+
 import psutil
 import pytest
 import torch
@@ -59,9 +61,16 @@ def test_pace_leaves_weights_alone():
         model, lr=1.0, momentum=0.0, weight_decay=0.0, device="cpu", precision="fp32"
     )
     before = model.one.weight.clone()
-    images, targets = torch.rand(4, 3, 32, 32), torch.arange(4)
-    pace = measure_pace(state, (images, targets), torch.rand(9, 3, 32, 32), F.cross_entropy, "fp32")
+    images, targets, loaded = torch.rand(4, 3, 32, 32), torch.arange(4), []
+
+    def load(*batch):
+        loaded.append(batch)
+        return batch
+
+    batches, predicted = repeat((images, targets)), torch.rand(9, 3, 32, 32)
+    pace = measure_pace(state, batches, predicted, F.cross_entropy, "fp32", load)
     assert pace.training > 0
+    assert len(loaded) == 8
     assert pace.predicting > 0
     assert torch.equal(model.one.weight, before)
     assert time_steps(state, [(images, targets)], F.cross_entropy, "fp32") > 0

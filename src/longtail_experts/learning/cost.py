@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -100,12 +101,18 @@ class Pace(NamedTuple):
 
 
 def measure_pace(
-    state: TrainState, batch: Batch, predicted: Tensor, objective: Objective, precision: str
+    state: TrainState,
+    batches: Iterable[Batch],
+    predicted: Tensor,
+    objective: Objective,
+    precision: str,
+    load: Callable[..., Batch] = as_it_is,
 ) -> Pace:
-    """Medians over a few steps on (images, targets) and passes over the images `predicted`; `state`
-    is of no use afterwards."""
+    """Medians over steps on the first few of `batches` and over passes over the images `predicted`;
+    `state` is of no use afterwards."""
     state.model.train()
-    training = time_steps(state, [batch] * (WARM_UP + NUM_STEPS), objective, precision)
+    few = islice(batches, WARM_UP + NUM_STEPS)
+    training = time_steps(state, few, objective, precision, load)
     predicting = []
     for _ in range(WARM_UP + NUM_STEPS):
         started = time.perf_counter()

@@ -2,22 +2,25 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import starmap
 
 import torch
 
 from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError
 from longtail_experts.data.augment import Augmentation
-from longtail_experts.data.batches import derive_seed
+from longtail_experts.data.batches import EpochDraws, batches_of, derive_seed, loader_of
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import DataError, load_images
 from longtail_experts.data.splits import make_splits
+from longtail_experts.learning.fast_step import Batch
 from longtail_experts.learning.losses import LOSSES, Knobs, Objective, mixed, objective_of
 from longtail_experts.learning.resnet import ResNet32, build_resnet32
 from longtail_experts.learning.schedule import lr_at
 from longtail_experts.learning.step import (
     TrainState,
+    as_it_is,
     has_bf16_instructions,
     replays,
     start_training,
@@ -149,6 +152,20 @@ def objective_at(epoch: int, config: Config, data: Dataset, device: str | None =
         is_reweighted=epoch >= reweighted_from(config),
     )
     return partial(mixed, objective) if config.mixup else objective
+
+
+def batches_of_training(
+    config: Config, data: Dataset
+) -> tuple[Callable[[EpochDraws], Iterator[Batch]], Callable[..., Batch]]:
+    """What makes an epoch's draws into batches, and what loads one of these as a step takes it.
+
+    A step loads its own; under a policy of augmentation, whose kernels are chosen on the CPU so
+    that none can record that, they are loaded ahead of it.
+    """
+    ahead, load = as_it_is, loader_of(data.pixels("train"), data.targets("train"), config.device)
+    if config.augmentation != "plain":
+        ahead, load = load, as_it_is
+    return lambda draws: starmap(ahead, batches_of(draws, config.batch_size)), load
 
 
 def state_before_training(model: torch.nn.Module, config: Config, data: Dataset) -> TrainState:

@@ -1,5 +1,6 @@
 """Entry point `preflight`: the readiness report before hours are spent."""
 
+from itertools import chain, count
 from pathlib import Path
 
 import psutil
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from longtail_experts.config import LOSS_NAMES, Config
-from longtail_experts.data.batches import normalise, plain_batches
+from longtail_experts.data.batches import draw_epoch, plain_batches
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.learning.cost import (
     Pace,
@@ -22,6 +23,8 @@ from longtail_experts.learning.rules import Finding, blocking, num_validations, 
 from longtail_experts.learning.schedule import lr_by_epoch
 from longtail_experts.stages.checks import NotReadyError, cheap_findings, not_ready, num_experts
 from longtail_experts.stages.inputs import (
+    augmentation_of,
+    batches_of_training,
     build_network,
     for_one_expert,
     objective_at,
@@ -119,15 +122,16 @@ def work_of_one(config: Config, data: Dataset) -> Work:
 
 
 def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace, str]:
-    """The pace of one batch of real images, and by which code (`TrainState.path`)."""
+    """The pace of a few batches of real images, augmented as in the training, and by which code
+    (`TrainState.path`)."""
     state = state_before_training(model, config, data)
-    pixels, size = data.pixels("train"), config.batch_size
-    images = normalise(pixels[:size].to(config.device))
-    targets = data.targets("train")[:size].to(config.device)
-    predicted = next(plain_batches(pixels, size, config.device))  # on a GPU more than `size`
+    pixels, augmentation = data.pixels("train"), augmentation_of(config)
+    predicted = next(plain_batches(pixels, config.batch_size, config.device))
+    batches_from, load = batches_of_training(config, data)
+    epochs = (draw_epoch(len(pixels), 0, e, config.device, augmentation) for e in count())
+    batches = chain.from_iterable(map(batches_from, epochs))
     objective = objective_at(0, config, data)
-    pace = measure_pace(state, (images, targets), predicted, objective, config.precision)
-    return pace, state.path
+    return measure_pace(state, batches, predicted, objective, config.precision, load), state.path
 
 
 def machine_section(

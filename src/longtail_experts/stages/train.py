@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, starmap
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,9 +16,7 @@ from tqdm import tqdm
 from longtail_experts.config import MLFLOW_RUN, Config
 from longtail_experts.data.batches import (
     EpochDraws,
-    batches_of,
     draw_epoch,
-    loader_of,
     plain_batches,
 )
 from longtail_experts.data.dataset import Dataset
@@ -33,12 +31,12 @@ from longtail_experts.learning.schedule import steps_worth_logging
 from longtail_experts.learning.step import (
     NonFiniteLossError,
     TrainState,
-    as_it_is,
     predict_logits,
     train_epoch,
 )
 from longtail_experts.stages.inputs import (
     augmentation_of,
+    batches_of_training,
     build_network,
     for_one_expert,
     objective_at,
@@ -149,13 +147,7 @@ def train_epochs(
     """The epochs from `first_epoch` on, the first of which may be half done."""
     num_images = data.size("train")
     steps_per_epoch = steps_an_epoch(config, data)
-    ahead, load = as_it_is, loader_of(data.pixels("train"), data.targets("train"), config.device)
-    if config.augmentation != "plain":  # its kernels are chosen on the CPU: none can record that
-        ahead, load = load, as_it_is
-
-    def batches_from(draws: EpochDraws) -> Iterator[Batch]:
-        return starmap(ahead, batches_of(draws, config.batch_size))
-
+    batches_from, load = batches_of_training(config, data)
     announce_cost(
         config,
         config.epochs - first_epoch,
