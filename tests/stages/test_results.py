@@ -226,6 +226,7 @@ def test_the_page_says_how_it_was_made_and_not_where(short, tmp_path):
     assert "data_dir: <images>, epochs: 64" in text
     again = f"{MLFLOW_RUN} -P loss=logit_adjust -P config=cifar100_lt -P epochs=64"
     assert re.search(f"^{again} .*-P data_dir=<images>$", text, re.MULTILINE)
+    assert "Recipe: shortcut projection, epochs 64, batch_size 128, augmentation plain, " in text
     assert "git.commit cccccccccccc" in text
     assert "precision fp32" in text
     absolute = results(short, out=str(tmp_path / "elsewhere" / "page.md"))

@@ -288,13 +288,14 @@ def make_study(
     """
     require_one_split_a_seed(trials)
     apart = telling_apart(trials)
-    grouped: dict[tuple, dict[Key, Trial]] = {}
+    grouped: dict[tuple, tuple[dict[str, str], dict[Key, Trial]]] = {}
     for trial in sorted(trials, key=lambda t: t.started):
         settings = trial.settings | {name: trial.fields.get(name, "-") for name in apart}
-        grouped.setdefault(tuple(sorted(settings.items())), {})[trial.key] = trial
+        _, newest = grouped.setdefault(tuple(sorted(settings.items())), (settings, {}))
+        newest[trial.key] = trial
     kept = [
-        Group("", dict(settings), tuple(in_order(by_key.values())))
-        for settings, by_key in grouped.items()
+        Group("", settings, tuple(in_order(by_key.values())))
+        for settings, by_key in grouped.values()
     ]
     kept = sorted(kept, key=lambda group: order_of(group, kept))
     labels = labels_of([group.settings for group in kept])
