@@ -255,6 +255,10 @@ class Config(BaseModel):
                 f"subset_rule=ldam: is a subset of CIFAR's official files, not of source="
                 f"{self.source}; give own"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _size_is_heeded(self) -> "Config":
         generated = self.source == "synthetic"  # where it says how many there are
         if self.images_per_class and self.imbalance_profile == "natural" and not generated:
             raise ConfigError(

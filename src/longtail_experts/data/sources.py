@@ -322,23 +322,15 @@ def folder_images(folder: Path) -> ImageData:
             f"only in one of them: {', '.join(different[:5])}"
         )
     names = classes["train"]
-    there = {
-        half: [
-            (path, c)
-            for c, name in enumerate(names)
-            for path in sorted((folder / half / name).iterdir())
-        ]
-        for half in ("train", "test")
-    }
-    files = {
-        half: [(path, c) for path, c in found if _is_image(path)] for half, found in there.items()
-    }
-    left_out = [
-        path
-        for found in there.values()
-        for path, _ in found
-        if not _is_image(path) and not path.name.startswith(".")
-    ]
+    files: dict[str, list[tuple[Path, int]]] = {"train": [], "test": []}
+    left_out = []
+    for half, found in files.items():
+        for c, name in enumerate(names):
+            for path in sorted((folder / half / name).iterdir()):
+                if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                    found.append((path, c))
+                elif not path.name.startswith("."):
+                    left_out.append(path)
     if left_out:
         log.warning(
             "data_dir=%s: left out %d entries of class folders that are no image files by their "
@@ -375,10 +367,6 @@ def folder_images(folder: Path) -> ImageData:
 
     in_order = [path for found in files.values() for path, _ in found]
     return _cached(_sha256_of_files(in_order, folder), decode)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def _decode(file: BytesIO | Path, where: str, exactly: int | None = None) -> np.ndarray:

@@ -172,6 +172,15 @@ LOSSES = {
         head="cosine",
     ),
 }
+# Knobs that act under some losses only; elsewhere the same expert comes out at any value.
+KNOBS_OF: dict[str, tuple[str, ...]] = {
+    "ce": (),
+    "logit_adjust": ("tau",),
+    "balanced_softmax": (),
+    "class_balanced": ("beta",),
+    "focal": ("gamma",),
+    "ldam_drw": ("beta", "reweight_from"),
+}
 SHIFTED = tuple(name for name, loss in LOSSES.items() if loss.function is shifted_cross_entropy)
 
 

@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from longtail_experts.learning.losses import KNOBS_OF
+from longtail_experts.learning.schedule import reweighted_from
+
 REFERENCE_LR, REFERENCE_BATCH = 0.1, 128  # He et al. (CVPR 2016), section 4.2
 RECIPE_LR = 0.4  # at the same batch: Narasimhan et al. (ICLR 2024), appendix F, with a warm-up
 RECIPE_WEIGHT_DECAY, RECIPE_MOMENTUM = 1e-4, 0.9
 LDAM_WEIGHT_DECAY = 2e-4  # Cao et al. (NeurIPS 2019)
-USED_BY = {"beta": ("class_balanced", "ldam_drw"), "gamma": ("focal",)}
 FEW_IMAGES = 10  # of a class in the train split
 FEW_VALIDATIONS = 5
 LONG_TRAINING = 100_000  # images over all epochs; below it, a quick look
@@ -63,7 +65,8 @@ def tau_rule(tau: float, loss: str) -> Finding:
 
 
 def knob_rule(name: str, value: float, default: float, loss: str) -> Finding:
-    used = "" if value == default or loss in USED_BY[name] else f"not used by {loss}"
+    is_used = name in KNOBS_OF.get(loss, ())
+    used = "" if value == default or is_used else f"not used by {loss}"
     return Finding(name, f"{value:g}", "note" if used else "ok", used)
 
 
@@ -87,7 +90,7 @@ def reweight_rule(
     if loss != "ldam_drw":
         used = "" if reweight_from is None else f"not used by {loss}"
         return Finding("reweight_from", value, "note" if used else "ok", used)
-    start = min(milestones, default=0) if reweight_from is None else reweight_from
+    start = reweighted_from(reweight_from, milestones)
     if start >= epochs:
         says = f"the weights never act: epoch {start} of {epochs}; give 0.8 x epochs as LDAM has it"
         return Finding("reweight_from", value, "warning", says)
@@ -176,7 +179,8 @@ def milestones_rule(
     if lr_schedule == "cosine":
         used = "not used by lr_schedule=cosine" if milestones else ""
         if used and reweights:
-            used += f", but ldam_drw weighs classes from epoch {min(milestones)}"
+            start = reweighted_from(None, milestones)
+            used += f", but ldam_drw weighs classes from epoch {start}"
         return Finding("milestones", value, "note" if used else "ok", used)
     late = [m for m in milestones if m >= epochs]
     if late:

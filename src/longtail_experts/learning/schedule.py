@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def lr_at(
@@ -33,6 +33,11 @@ def lr_at(
     if warmup_epochs:
         warmup *= min(1.0, (epoch + 1) / warmup_epochs)
     return rate * warmup
+
+
+def reweighted_from(reweight_from: int | None, milestones: Sequence[int]) -> int:
+    """The epoch from which a deferred loss weighs classes; the first milestone if none is given."""
+    return min(milestones, default=0) if reweight_from is None else reweight_from
 
 
 def steps_worth_logging(*, warmup_steps: int, steps_per_epoch: int, epochs: int) -> list[int]:

@@ -17,7 +17,7 @@ from longtail_experts.data.splits import make_splits
 from longtail_experts.learning.fast_step import Batch
 from longtail_experts.learning.losses import LOSSES, Knobs, Objective, mixed, objective_of
 from longtail_experts.learning.resnet import ResNet32, build_resnet32
-from longtail_experts.learning.schedule import lr_at
+from longtail_experts.learning.schedule import lr_at, reweighted_from
 from longtail_experts.learning.step import (
     TrainState,
     as_it_is,
@@ -121,16 +121,14 @@ def log_offset_of(config: Config, data: Dataset, epoch: int) -> torch.Tensor:
     are not in it.
     """
     loss, class_counts = LOSSES[config.loss], data.class_counts("train")
-    if loss.is_deferred and epoch < reweighted_from(config):
+    if loss.is_deferred and not is_reweighted(epoch, config):
         return torch.zeros(len(class_counts), dtype=torch.float64)
     return loss.log_offset(class_counts, knobs_of(config))
 
 
-def reweighted_from(config: Config) -> int:
-    """The epoch from which a deferred loss weighs classes."""
-    if config.reweight_from is None:
-        return min(config.milestones, default=0)
-    return config.reweight_from
+def is_reweighted(epoch: int, config: Config) -> bool:
+    """Whether the weights of a deferred loss act in an epoch."""
+    return epoch >= reweighted_from(config.reweight_from, config.milestones)
 
 
 def build_network(config: Config, data: Dataset) -> ResNet32:
@@ -149,7 +147,7 @@ def objective_at(epoch: int, config: Config, data: Dataset, device: str | None =
         data.class_counts("train"),
         knobs_of(config),
         device or config.device,
-        is_reweighted=epoch >= reweighted_from(config),
+        is_reweighted=is_reweighted(epoch, config),
     )
     return partial(mixed, objective) if config.mixup else objective
 

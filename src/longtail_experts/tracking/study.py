@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from longtail_experts.config import CHANGES_NO_FIGURE, Config, parse_recipe, to_text
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.sources import first_line
+from longtail_experts.learning.losses import KNOBS_OF
 from longtail_experts.learning.statistics import (
     Interval,
     between_interval,
@@ -54,16 +55,6 @@ SPLITS_FOLLOW_FROM = (
     "subset_rule",
     "split_seed",
 )
-# Knobs that act under some losses only; elsewhere the same expert comes out at any value. Of a
-# loss that is not here, every knob counts.
-KNOBS_OF = {
-    "ce": (),
-    "logit_adjust": ("tau",),
-    "balanced_softmax": (),
-    "class_balanced": ("beta",),
-    "focal": ("gamma",),
-    "ldam_drw": ("beta", "reweight_from"),
-}
 KNOBS = tuple(dict.fromkeys(knob for knobs in KNOBS_OF.values() for knob in knobs))
 SHORT = {"imbalance_factor": "IF", "imbalance_profile": "profile"}
 IN_LABELS = (*KNOBS, "source", "imbalance_profile", "imbalance_factor", "protocol", "epochs")
@@ -101,7 +92,7 @@ class Trial:
     @property
     def settings(self) -> dict[str, str]:
         """What decides it beside chance."""
-        knobs = KNOBS_OF.get(self.loss, KNOBS)
+        knobs = KNOBS_OF.get(self.loss, KNOBS)  # of a loss that is unknown here, every knob counts
         return {
             name: value
             for name, value in self.fields.items()

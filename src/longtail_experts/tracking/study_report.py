@@ -225,12 +225,10 @@ def summary(study: Study) -> str:
         words.append(
             f"{study.num_replaced} left out: of the same splits, seed and settings as a newer one."
         )
-    if study.unfinished:
-        listed = ", ".join(study.unfinished[:10]) + ", ..." * (len(study.unfinished) > 10)
-        words.append(f"{len(study.unfinished)} left out, not calibrated: {plain(listed)}.")
-    if study.deleted:
-        listed = ", ".join(study.deleted[:10]) + ", ..." * (len(study.deleted) > 10)
-        words.append(f"{len(study.deleted)} left out, deleted: {plain(listed)}.")
+    for why, names in (("not calibrated", study.unfinished), ("deleted", study.deleted)):
+        if names:
+            listed = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+            words.append(f"{len(names)} left out, {why}: {plain(listed)}.")
     if study.without_run:
         states = ", ".join(f"{number} {state}" for state, number in study.without_run.items())
         words.append(f"Trials of the sweep that have no run: {plain(states)}.")
