@@ -119,9 +119,22 @@ def use_blank_figures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FigureCanvasAgg, "print_png", lambda _, path: Image.new("L", (1, 1)).save(path))
 
 
-@pytest.fixture
-def blank_figures(monkeypatch) -> None:
+@pytest.fixture(autouse=True)
+def blank_figures(monkeypatch) -> Callable[..., None]:
+    """The experts of `three_experts` have real ones. Returns what draws."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    draw = FigureCanvasAgg.print_png
     use_blank_figures(monkeypatch)
+    return draw
+
+
+@pytest.fixture
+def drawn_figures(blank_figures, monkeypatch) -> None:
+    """Real ones, for a test that looks at them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", blank_figures)
 
 
 def use_store(folder: Path, database: Path, monkeypatch) -> Path:

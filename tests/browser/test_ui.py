@@ -23,6 +23,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
 PATIENCE = 90_000  # milliseconds: a page that is being built on a busy machine
+IS_DRAWN = "image => image.complete && image.naturalWidth > 300"
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,16 @@ def ui(three_experts, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
+    """Its profile is on disk, where it keeps MLflow's scripts as compiled for the next window."""
     with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        chromium = started.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"),
+            executable_path=shutil.which("chromium"),
+            args=["--no-sandbox", "--disable-gpu"],
+            viewport={"width": 1500, "height": 1200},
         )
+        chromium.set_default_timeout(PATIENCE)
         yield chromium
         chromium.close()
 
@@ -48,8 +54,7 @@ def browser():
 @pytest.fixture
 def page(browser, screenshots, request):
     """A window; a picture of what it showed at the end is kept."""
-    window = browser.new_page(viewport={"width": 1500, "height": 1200})
-    window.set_default_timeout(PATIENCE)
+    window = browser.new_page()
     yield window
     window.screenshot(path=screenshots / f"{request.node.name}.png")
     window.close()
@@ -86,10 +91,6 @@ def see(page, text: str | re.Pattern):
     found = page.get_by_text(text).first
     found.wait_for(state="visible")
     return found
-
-
-def is_drawn(image) -> bool:
-    return image.evaluate("i => i.complete && i.naturalWidth > 300")
 
 
 def test_the_runs_table_and_the_parents_page_name_the_experts(ui, open_run_page, page, experiment):
@@ -183,15 +184,16 @@ def test_its_metrics_are_drawn(open_run_page, page):
     page.locator("svg.main-svg").first.wait_for(state="visible")
 
 
-@pytest.mark.parametrize(
-    "name", ["learning_curves", "lr_schedule", "per_class_accuracy", "reliability"]
-)
-def test_its_figures_are_drawn(open_run_page, page, name):
-    open_run_page("ce", f"/artifacts/figures/{name}.png")
-    see(page, f"figures/{name}.png")
-    image = page.locator("img[src^=blob], img[src*=artifact]").first
-    image.wait_for(state="visible")
-    page.wait_for_function("i => i.complete && i.naturalWidth > 300", arg=image.element_handle())
+def test_its_figures_are_drawn(open_run_page, page):
+    first, *others = ("learning_curves", "lr_schedule", "per_class_accuracy", "reliability")
+    open_run_page("ce", f"/artifacts/figures/{first}.png")
+    image, shown = page.locator("img[src^=blob], img[src*=artifact]").first, set()
+    for name in (first, *others):
+        page.get_by_text(f"{name}.png", exact=True).first.click()  # in the tree of files
+        see(page, re.compile(f"figures/{name}.png$"))
+        wait_until(lambda: image.get_attribute("src") not in shown, 90, name)
+        page.wait_for_function(IS_DRAWN, arg=image.element_handle())
+        shown.add(image.get_attribute("src"))
 
 
 def test_its_report_is_rendered(open_run_page, page):
@@ -220,17 +222,18 @@ def test_the_comparison_page_opens_without_a_network(browser, finished, tmp_path
     file = mlflow.artifacts.download_artifacts(
         run_id=finished["all"], artifact_path="comparison/index.html", dst_path=str(tmp_path)
     )
-    context = browser.new_context(offline=True, viewport={"width": 1200, "height": 1000})
-    window = context.new_page()
+    browser.set_offline(True)
+    window = browser.new_page()
     asked = []
     window.on("request", lambda request: asked.append(request.url))
     window.goto(Path(file).as_uri())
     images = window.locator("img").all()
     assert len(images) == 6
-    assert all(is_drawn(image) for image in images)
+    assert all(image.evaluate(IS_DRAWN) for image in images)
     assert not [url for url in asked if not url.startswith(("file:", "data:"))]
     for heading in ("Experts", "Ensembles under the uniform prior", "What differs", "Runs"):
         assert window.locator("h2", has_text=heading).count() >= 1, heading
     assert window.locator("td.best").count() > 5
     window.screenshot(path=screenshots / "comparison.png", full_page=True)
-    context.close()
+    window.close()
+    browser.set_offline(False)

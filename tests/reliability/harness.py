@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import use_blank_figures
 from mlflow import MlflowClient
 
 from longtail_experts.learning import resnet
@@ -46,6 +47,7 @@ def _work(
     from longtail_experts.cli import main
 
     resnet.BLOCKS_PER_STAGE = blocks
+    use_blank_figures(pytest.MonkeyPatch())
     code = main(arguments)
     sys.stdout.flush()
     os._exit(code)

@@ -44,6 +44,7 @@ class Server:
 
     def start(self) -> None:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        clean["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes that idle here
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,

@@ -10,7 +10,6 @@ from longtail_experts.tracking import experts, model
 from longtail_experts.tracking.logits import read_logits
 from longtail_experts.tracking.runs import Run
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
 # In the order in which calibrate_expert takes them.
 PARTS = {
     "final_calibrated.pt": (calibrate, "save_checkpoint"),

@@ -23,8 +23,6 @@ from longtail_experts.tracking.experts import recorded_config
 from longtail_experts.tracking.recorder import Recorder, local_folder, read_points
 from longtail_experts.tracking.runs import Run, RunError
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
 
 def interrupt_after(points: int, run_id: list[str]) -> threading.Thread:
     """SIGTERM to this process as soon as a run's journal holds that many points."""

@@ -222,9 +222,7 @@ def test_different_splits_are_refused_unless_asked_for(altered_splits, capsys):
     assert "### Different splits" in read(run.info.run_id, "report.md")
 
 
-def test_experts_of_two_imbalance_factors(
-    store, image_folder, tiny_arguments, blank_figures, capsys
-):
+def test_experts_of_two_imbalance_factors(store, image_folder, tiny_arguments, capsys):
     """For real: other counts, other training and test images, other priors."""
     few = {
         "imbalance_profile": "exp",
@@ -413,9 +411,7 @@ def test_the_parent_of_loss_all_can_be_studied_too(experts_copy):
         assert float(row[f"metrics.{balanced}"]) == metrics[balanced]
 
 
-def test_a_parent_compared_again_holds_the_ensembles_of_all_its_experts(
-    experts_copy, blank_figures
-):
+def test_a_parent_compared_again_holds_the_ensembles_of_all_its_experts(experts_copy):
     """As one that was resumed after an expert had failed."""
     with start_run("parent", {"stage": "all"}) as parent:
         compare.into(parent, [experts_copy[loss] for loss in LOSSES[:2]])

@@ -339,7 +339,7 @@ def test_checkpoints_hold_plain_float32(finished):
 
 
 @pytest.fixture
-def together(monkeypatch, blank_figures):
+def together(monkeypatch):
     """As on a GPU: experts train at the same time. Calls what a test appends before each epoch."""
     before_epoch = []
     original = train_stage.train_epoch

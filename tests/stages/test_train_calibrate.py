@@ -29,8 +29,6 @@ from longtail_experts.stages.train import Selection
 from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import Run, RunError, claimed
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
 
 def only_run() -> mlflow.entities.Run:
     experiment = mlflow.get_experiment_by_name("tests")

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from longtail_experts.tracking import figures
 
 
-def test_a_picture_is_that_of_savefig_drawn_once(tmp_path, monkeypatch):
+def test_a_picture_is_that_of_savefig_drawn_once(tmp_path, monkeypatch, drawn_figures):
     draw, drawn = Figure.draw, []
     monkeypatch.setattr(Figure, "draw", lambda *given: (drawn.append(1), draw(*given)))
 

@@ -12,7 +12,6 @@ from longtail_experts.tracking.logits import SplitLogits, load_expert_logits
 from longtail_experts.tracking.registry import paired_difference, register
 from longtail_experts.tracking.runs import Run
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
 JUDGED_BY = "best/val_balanced_accuracy"
 
 
