@@ -1,3 +1,5 @@
+from itertools import starmap
+
 import numpy as np
 import pytest
 import torch
@@ -27,10 +29,11 @@ from longtail_experts.data.augment import (
 )
 from longtail_experts.data.batches import (
     EpochDraws,
-    augmented_batches,
+    batches_of,
     crop_and_flip,
     derive_seed,
     draw_epoch,
+    loader_of,
     normalise,
     pad,
 )
@@ -306,7 +309,8 @@ def epoch_of(num, augmentation, batch_size, seen=0):
     pixels = torch.from_numpy(random.randint(0, 256, (num, 32, 32, 3), dtype=np.uint8))
     draws = draw_epoch(num, 1, 2, augmentation=augmentation)
     left = EpochDraws(*(values[seen:] for values in draws))
-    return list(augmented_batches(pad(pixels), torch.arange(num) * 3, left, batch_size))
+    load = loader_of(pixels, torch.arange(num) * 3, "cpu")
+    return list(starmap(load, batches_of(left, batch_size)))
 
 
 def drawn(augmentation):

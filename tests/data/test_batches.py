@@ -1,4 +1,5 @@
 import hashlib
+from itertools import starmap
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from longtail_experts.data.batches import (
     MEAN,
     PADDING,
     STD,
-    augmented_batches,
+    batches_of,
     crop_and_flip,
     derive_seed,
     draw_epoch,
+    loader_of,
     normalise,
     pad,
     plain_batches,
@@ -155,8 +157,8 @@ def test_another_seed_or_epoch_draws_anew(change):
 )
 def test_an_epoch_visits_each_image_once(num, batch_size, sizes):
     draws = draw_epoch(num, expert_seed=0, epoch=0)
-    targets = torch.arange(num) * 11
-    batches = list(augmented_batches(pad(random_images(num)), targets, draws, batch_size))
+    load = loader_of(random_images(num), torch.arange(num) * 11, "cpu")
+    batches = list(starmap(load, batches_of(draws, batch_size)))
     assert [len(images) for images, _ in batches] == sizes
     assert [len(part) for _, part in batches] == sizes
     assert torch.equal(torch.cat([part for _, part in batches]), draws.order * 11)
@@ -164,7 +166,7 @@ def test_an_epoch_visits_each_image_once(num, batch_size, sizes):
 
 def test_batches_hold_the_augmented_image_of_each_target():
     images, draws = random_images(10), draw_epoch(10, expert_seed=5, epoch=1)
-    batches = list(augmented_batches(pad(images), torch.arange(10), draws, 4))
+    batches = list(starmap(loader_of(images, torch.arange(10), "cpu"), batches_of(draws, 4)))
     usual = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
     got = torch.cat([part for part, _ in batches])
     for k, (i, top, left, flip) in enumerate(zip(*draws[:4], strict=True)):

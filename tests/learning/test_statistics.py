@@ -10,7 +10,6 @@ from scipy import stats
 
 from longtail_experts.learning.statistics import (
     between_interval,
-    mean_interval,
     paired_differences,
     within_interval,
 )
@@ -22,7 +21,7 @@ GROUPS = st.lists(st.lists(VALUES, min_size=1, max_size=5), min_size=1, max_size
 
 @given(SAMPLES, st.sampled_from([0.8, 0.95, 0.99]))
 def test_one_group_has_students_interval(values, level):
-    found = mean_interval(values, level)
+    found = within_interval([values], level)
     assume(np.std(values) > 1e-6)
     expected = stats.t.interval(level, len(values) - 1, np.mean(values), stats.sem(values))
     assert (found.low, found.high) == pytest.approx(expected)
@@ -41,7 +40,7 @@ def test_a_difference_has_the_interval_of_the_paired_t_test(pairs):
     differences = paired_differences(values, reference)
     assert set(differences) == set(range(len(pairs)))
     expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    found = mean_interval(list(differences.values()))
+    found = within_interval([list(differences.values())])
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
@@ -90,7 +89,7 @@ def test_a_shift_moves_everything_by_itself(groups, shift):
 
 
 def test_one_value_has_a_mean_and_no_interval():
-    for found in (mean_interval([0.4]), between_interval([[0.4]]), within_interval([[0.4]])):
+    for found in (between_interval([[0.4]]), within_interval([[0.4]])):
         assert found.mean == 0.4
         assert math.isnan(found.low)
         assert math.isnan(found.high)
@@ -99,7 +98,7 @@ def test_one_value_has_a_mean_and_no_interval():
 
 
 def test_equal_values_have_an_interval_of_no_width():
-    found = mean_interval([0.25, 0.25, 0.25])
+    found = within_interval([[0.25, 0.25, 0.25]])
     assert found.is_known
     assert found.low == found.mean == found.high == 0.25
 
@@ -127,4 +126,4 @@ def test_intervals_hold_what_they_promise_and_no_more():
     # Where splits matter, only the one over splits covers new splits.
     assert coverage(between_interval, 2.0) == pytest.approx(0.95, abs=0.015)
     assert coverage(within_interval, 2.0) < 0.6
-    assert coverage(lambda study: mean_interval(np.concatenate(study)), 2.0) < 0.85
+    assert coverage(lambda study: within_interval([np.concatenate(study)]), 2.0) < 0.85

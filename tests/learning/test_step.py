@@ -1,12 +1,13 @@
 import copy
 from functools import partial
+from itertools import starmap
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from longtail_experts.data.batches import augmented_batches, draw_epoch, pad
+from longtail_experts.data.batches import batches_of, draw_epoch, loader_of
 from longtail_experts.learning import step as step_module
 from longtail_experts.learning.losses import shifted_cross_entropy
 from longtail_experts.learning.resnet import build_resnet32
@@ -168,13 +169,14 @@ def test_two_trainings_of_one_seed_are_bit_identical(precision):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (24, 8, 8, 3), dtype=torch.uint8, generator=generator)
     targets = torch.randint(NUM_CLASSES, (24,), generator=generator)
+    load = loader_of(pixels, targets, "cpu")
 
     def training(seed: int) -> tuple[nn.Module, list[float]]:
         torch.rand(seed)  # the global generator plays no part
         state = start(build_resnet32(NUM_CLASSES, "pad", seed), precision)
         losses = []
         for epoch in range(2):
-            batches = augmented_batches(pad(pixels), targets, draw_epoch(24, seed, epoch), 16)
+            batches = starmap(load, batches_of(draw_epoch(24, seed, epoch), 16))
             losses.append(train(state, list(batches), precision=precision))
         return state.model, losses
 

@@ -150,13 +150,6 @@ def loader_of(pixels: Tensor, targets: Tensor, device: str) -> Callable[..., Any
     return functools.partial(load_batch, pad(pixels).to(device), targets.to(device))
 
 
-def augmented_batches(
-    padded: Tensor, targets: Tensor, draws: EpochDraws, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]]:
-    """One epoch of `load_batch`."""
-    return (load_batch(padded, targets, *draw) for draw in batches_of(draws, batch_size))
-
-
 def plain_batches(images: Tensor, batch_size: int, device: str) -> Iterator[Tensor]:
     """Normalised batches, in order and without augmentation, of uint8 images [N, H, W, 3].
 

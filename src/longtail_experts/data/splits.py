@@ -19,7 +19,6 @@ from longtail_experts.data.sources import DataError, ImageData
 POOL_SPLITS = ("train", "tuneV", "val_small", "calib")  # indices into the training images
 TEST_SPLITS = ("val_lt", "test_lt", "test_balanced")  # indices into the test images
 SPLITS = POOL_SPLITS + TEST_SPLITS
-LITERATURE_SPLITS = ("train", "test_balanced")  # the whole pool, all test images; no hold-out
 POOL_PERCENT = (80, 8, 6, 6)
 VAL_LT_PERCENT = 20
 
@@ -28,7 +27,8 @@ VAL_LT_PERCENT = 20
 class Splits:
     """Ascending int64 indices by split name, and the class counts of the LT pool.
 
-    Under the protocol "experts" all of SPLITS are there, under "literature" LITERATURE_SPLITS.
+    Under the protocol "experts" all of SPLITS are there, under "literature" train, the whole pool,
+    and test_balanced, all test images.
     """
 
     indices: dict[str, np.ndarray]

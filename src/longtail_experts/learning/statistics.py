@@ -40,11 +40,6 @@ class Interval(NamedTuple):
         return not math.isnan(self.low)
 
 
-def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Of independent values: mean ± t(n - 1) s / sqrt(n). One value has no interval."""
-    return within_interval([values], level)
-
-
 def within_interval(groups: Sequence[Sequence[float]], level: float = LEVEL) -> Interval:
     """What other draws within these same groups would give.
 
