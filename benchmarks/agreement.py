@@ -23,7 +23,7 @@ from itertools import product
 import torch
 
 from longtail_experts.config import LOSS_NAMES, Config, load_config
-from longtail_experts.data.batches import batches_of, draw_epoch, loader_of
+from longtail_experts.data.batches import draw_epoch
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.learning.at_once import at_once, beside_the_others
 from longtail_experts.learning.fused import fused, how_far_from_float64, layers_in
@@ -32,6 +32,7 @@ from longtail_experts.learning.metrics import mean_over
 from longtail_experts.learning.step import autocast, train_epoch
 from longtail_experts.stages.calibrate import fit, recalls, split_logits
 from longtail_experts.stages.inputs import (
+    batches_of_training,
     build_network,
     for_one_expert,
     load_dataset,
@@ -60,9 +61,8 @@ def layers_apart(config: Config, data: Dataset) -> Iterable[Found]:
     """A row for each kind of layer and each of its results."""
     config = for_one_expert(config, "ce")
     state = state_before_training(build_network(config, data), config, data)
-    draws = draw_epoch(data.size("train"), config.expert_seed, 0, config.device)
-    batch = next(iter(batches_of(draws, config.batch_size)))
-    load = loader_of(data.pixels("train"), data.targets("train"), config.device)
+    batches, load = batches_of_training(config, data)
+    batch = next(batches(draw_epoch(data.size("train"), config.expert_seed, 0, config.device)))
     images, _ = load(*batch)
     state.model.train()
 
@@ -88,7 +88,7 @@ def reached(config: Config, data: Dataset) -> dict[str, Found]:
     def train(loss: str) -> Found:
         one = for_one_expert(config, loss)
         state = state_before_training(build_network(one, data), one, data)
-        load = loader_of(data.pixels("train"), data.targets("train"), one.device)
+        batches, load = batches_of_training(one, data)
         lr_of = schedule_of(one, steps_an_epoch(one, data))
 
         def take(epochs: Iterable[int]) -> None:
@@ -96,7 +96,7 @@ def reached(config: Config, data: Dataset) -> dict[str, Found]:
                 draws = draw_epoch(data.size("train"), one.expert_seed, epoch, one.device)
                 train_epoch(
                     state,
-                    batches_of(draws, one.batch_size),
+                    batches(draws),
                     objective=objective_at(epoch, one, data),
                     lr_at=lr_of,
                     precision=one.precision,
@@ -141,6 +141,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.seeds < 2:
         raise SystemExit(f"error: --seeds={options.seeds}: a difference needs 2 for its error")
+    if options.epochs < 8:
+        raise SystemExit(f"error: --epochs={options.epochs}: the recipe's milestones need 8")
     config = config_of(options, 0, True)
     if config.device != "cuda":
         raise SystemExit("error: there is no GPU here, and nothing is fused")
