@@ -1,6 +1,7 @@
 """Bad input: one line of ours, exit code 2, no store touched."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,12 @@ def test_a_launched_run_that_the_store_does_not_know_is_one_line(store, monkeypa
     assert main(["main", "--config", "demo"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: MLFLOW_RUN_ID: run_id=000")
+
+
+@pytest.mark.parametrize(("offline", "telemetry"), [("1", "true"), ("0", None)])
+def test_offline_is_mlflows_telemetry_too(offline, telemetry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGTAIL_OFFLINE", offline)
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY")
+    assert main(["data", "--source", "nonsense"]) == 2
+    assert os.environ.get("MLFLOW_DISABLE_TELEMETRY") == telemetry

@@ -97,6 +97,8 @@ def main(arguments: list[str]) -> int:
     # Importing mlflow.pytorch sets the root to ERROR where nothing has been set before.
     logging.getLogger("longtail_experts").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, raise_terminated)
+    if os.environ.get("LONGTAIL_OFFLINE") == "1":  # before MLflow is imported, which looks then
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         return _dispatch(arguments)
     except (KeyboardInterrupt, Terminated) as stop:

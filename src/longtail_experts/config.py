@@ -156,8 +156,9 @@ class Config(BaseModel):
     )
     fast: bool = Field(
         True,
-        description="compile the training step where the run is long enough to repay it, and on a "
-        "GPU replay it, and forward passes, as CUDA graphs; false: PyTorch's own operators always",
+        description="on a GPU, replay the training step, and forward passes, as CUDA graphs; on a "
+        "CPU in fp32, compile the step where the run is long enough to repay it; false: PyTorch's "
+        "own operators always",
     )
     fused: bool = Field(
         False,
