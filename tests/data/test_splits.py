@@ -589,3 +589,15 @@ def test_cifar10_lt_by_the_same_code():
     expected = [int(5000 * 100 ** (-c / 9) + 1e-9) for c in range(10)]
     assert list(splits.pool_counts) == expected
     assert sum(expected) == 12_406  # CIFAR-10-LT at imbalance factor 100
+
+
+def test_a_pool_of_which_one_image_a_class_is_too_much_still_deals_8_6_6():
+    """120 images of 100 classes: train keeps 100, and 20 are dealt out as 8 : 6 : 6."""
+    pool = [np.arange(2) + 10 * c for c in range(20)] + [np.array([1000 + c]) for c in range(80)]
+    found = splits_module.split_pool(pool)
+    assert {name: len(images) for name, images in found.items()} == {
+        "train": 100,
+        "tuneV": 8,
+        "val_small": 6,
+        "calib": 6,
+    }

@@ -437,6 +437,11 @@ def with_statistics_that_stand_still(run):
     started[-1].model[1].running_mean.copy_(kept)
 
 
+def at_four_fifths_of_the_rate(run):
+    started[-1].recorded._lr.mul_(0.8)
+    run()
+
+
 def not_a_number(run):
     run()
     with torch.no_grad():
@@ -474,6 +479,27 @@ def test_where_a_replay_does_something_else_steps_are_plain_and_one_warning_says
     assert state.path == "plain"
     assert losses == expected
     assert same(state, plain)
+
+
+def test_in_fp32_a_replay_that_falls_a_little_short_is_refused():
+    """In bf16 so much may be rounding."""
+    state = start(tiny, doing(at_four_fifths_of_the_rate))
+    with pytest.warns(UserWarning, match="of its change"):
+        train(state, range(1))
+
+
+def test_kernels_that_fail_are_told_once_for_batches_of_all_sizes(monkeypatch):
+    @contextmanager
+    def failing(model):
+        raise RuntimeError("out of shared memory")
+        yield
+
+    monkeypatch.setattr(fast_step, "fusible", lambda model: {model: None})
+    monkeypatch.setattr(fast_step, "require_same_layers", lambda model, run: run())
+    monkeypatch.setattr(fast_step, "fused", failing)
+    with pytest.warns(UserWarning, match="not fused") as caught:
+        train(start(fuses=True), range(2))
+    assert len(caught) == 1
 
 
 def test_after_a_refusal_the_state_is_as_it_was():
@@ -633,6 +659,18 @@ def test_replayed_passes_return_what_the_model_does():
         assert torch.equal(predict(model, passes, num_images), predict(model, None, num_images))
     assert len(recorded) == 1  # 2 and 3 images came once each
     assert len(replayed) == 1 + 40 - RECORD_AFTER  # with the check
+
+
+def test_replayed_logits_that_are_no_numbers_are_no_replay():
+    def record(run):
+        tensors = [c.cell_contents for c in run.__closure__ if torch.is_tensor(c.cell_contents)]
+        (logits,) = [tensor for tensor in tensors if tensor.dim() == 2]
+        return lambda: logits.fill_(float("nan"))
+
+    model = tiny()
+    with pytest.warns(UserWarning, match="replayed logits are nan"):
+        found = predict(model, RecordedPasses(lambda: record))
+    assert torch.equal(found, predict(model))
 
 
 def test_a_size_is_recorded_only_where_it_comes_often():

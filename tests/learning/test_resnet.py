@@ -176,3 +176,13 @@ def test_weights_without_batch_norm_counters_load_strictly(shortcut):
 def test_unknown_shortcut_is_refused():
     with pytest.raises(ValueError, match="'projection' or 'pad'"):
         ResNet32(10, "identity")
+
+
+def test_the_cosine_head_begins_as_in_ldams_code():
+    """uniform_(-1, 1).renorm_(2, 1, 1e-5).mul_(1e5) of a matrix [64, classes]."""
+    weight = build_resnet32(100, "pad", 0, "cosine").fc.weight.detach()
+    drawn = torch.empty(100, 64).uniform_(-1, 1, generator=torch.Generator().manual_seed(1))
+    theirs = drawn.T.renorm(2, 1, 1e-5).mul(1e5)
+    torch.testing.assert_close(weight.norm(dim=1), theirs.norm(dim=0), rtol=1e-4, atol=0)
+    assert float(weight.mean()) == pytest.approx(0, abs=0.005)  # 3 standard errors
+    assert float(weight.std()) == pytest.approx(float(theirs.std()), rel=0.01)

@@ -297,6 +297,22 @@ def test_cpu_and_gpu_losses_agree(monkeypatch):
     assert losses["cuda"][0] == pytest.approx(losses["cpu"][0], rel=1e-5)
 
 
+def test_an_epoch_that_was_stopped_counts_its_seconds_and_names_its_own_steps():
+    state = start(linear())
+    state.losses, state.sizes, state.seconds = [torch.tensor(1.0)], [4], 100.0
+    train(state, make_batches(4))
+    assert state.seconds > 100
+    state.step, state.sizes = 10, [4, 4]
+    state.losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
+    with pytest.raises(NonFiniteLossError, match=r"step 9\b"):
+        train_epoch(state, [], objective=None, lr_at=falling_lr, precision="fp32")
+
+
+def test_autocast_keeps_no_weights_of_the_step_before():
+    with step_module.autocast("cpu", "bf16"):
+        assert not torch.is_autocast_cache_enabled()
+
+
 # --- compiled steps ---------------------------------------------------------------------------
 
 
@@ -344,6 +360,8 @@ def test_full_batches_go_through_compiled_code_and_the_short_one_does_not(monkey
     monkeypatch.setattr(step_module, "_compiled", lambda: call)
     batches = make_batches(8, 8, 3)
     states = [start(resnet(), **long_run()), start(resnet(), **long_run(fast=False))]
+    first, other = (state.model.state_dict() for state in states)
+    assert all(torch.equal(first[name], other[name]) for name in other)  # statistics too
     losses = [train(state, batches) for state in states]
     assert compiled == [8, 8, 8]  # the first one is the trial on a copy
     assert losses[0] == losses[1]

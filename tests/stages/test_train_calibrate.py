@@ -322,3 +322,16 @@ def test_what_no_graph_can_hold_is_done_before_the_step(
     else:
         assert load is as_it_is
         assert types == [torch.float32, torch.int64]  # images and targets
+
+
+def test_deferred_weights_act_from_their_epoch_on(store, tiny_arguments, monkeypatch):
+    seen, original = [], train.train_epoch
+
+    def train_epoch(*arguments, objective, **settings):
+        seen.append(bool((objective.keywords["weights"] != 1).any()))
+        return original(*arguments, objective=objective, **settings)
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    asked = [*tiny_arguments, "--epochs", "3", "--reweight_from", "1"]
+    assert main(["train", "--loss", "ldam_drw", *asked]) == 0
+    assert seen == [False, True, True]

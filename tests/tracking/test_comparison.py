@@ -229,3 +229,22 @@ def test_any_setting_can_be_what_differs_but_the_loss_and_where_images_lay():
     expected = {name: ["a", "b"] for name in names if name not in ("loss", "data_dir")}
     assert comparison.differences([first, second]) == expected
     assert comparison.differences([first, first]) == {}
+
+
+def test_pairs_are_held_against_each_other_by_their_predictions():
+    found = comparison.together(MEMBERS, "uniform")
+    targets = np.repeat(np.arange(5), TEST_COUNTS["test_balanced"])
+    uniform = torch.full((5,), 0.2, dtype=torch.float64)
+    predicted = [m.scores("test_balanced", uniform).argmax(1).numpy() for m in MEMBERS]
+    for i, ours in enumerate(predicted):
+        for j, theirs in enumerate(predicted):
+            wrong, also_wrong = ours != targets, theirs != targets
+            overlap = (wrong & also_wrong).sum() / (wrong | also_wrong).sum()
+            assert found.disagreement[i, j] == pytest.approx(np.mean(ours != theirs))
+            assert found.error_overlap[i, j] == pytest.approx(overlap)
+
+
+def test_the_best_cell_of_a_row_is_marked_and_no_other():
+    row = comparison_report.Row("measure", ["1", "2", "3"], {1})
+    page = comparison_report.as_html(("", "a", "b", "c"), [row])
+    assert "<td>1</td><td class=best>2</td><td>3</td>" in page

@@ -70,11 +70,16 @@ class Backbone(nn.Module):
 
 
 class CosineLinear(nn.Module):
-    """30 cos(x, w_c): the head that LDAM's margins are measured on."""
+    """30 cos(x, w_c): the head that LDAM's margins are measured on.
+
+    Every w_c begins with length 1, as in the authors' code: the longer it is, the more slowly the
+    same rate turns it.
+    """
 
     def __init__(self, in_features: int, num_classes: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features).uniform_(-1, 1))
+        drawn = torch.empty(num_classes, in_features).uniform_(-1, 1)
+        self.weight = nn.Parameter(F.normalize(drawn))
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in_features] -> [N, num_classes]
         return COSINE_SCALE * F.linear(F.normalize(x), F.normalize(self.weight))

@@ -1,0 +1,73 @@
+"""What an expert's page says, from logits made by hand."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from longtail_experts.config import make_config
+from longtail_experts.learning.calibration import deployment_scores
+from longtail_experts.learning.metrics import reliability
+from longtail_experts.tracking import experts
+
+
+def test_accuracies_stand_with_the_errors_and_images_of_their_own_classes():
+    """Recalls 3/4 and 1/2; variances by Laplace's rule, (k + 1) (n - k + 1) / (n + 2)^2 / n."""
+    targets = torch.tensor([0] * 4 + [1] * 2)
+    logits = torch.eye(2)[[0, 0, 0, 1, 1, 0]]
+    groups = {"head": torch.tensor([True, False]), "tail": torch.tensor([False, True])}
+    data = SimpleNamespace(
+        groups=groups, num_classes=2, split_names=("val_lt",), targets={"val_lt": targets}.get
+    )
+    table = experts.accuracy_table({}, data, {"val_lt": logits})
+    head, tail = (4 / 6) * (2 / 6) / 4, (2 / 4) * (2 / 4) / 2
+    for name, value, error, num_images in (
+        ("balanced", 62.5, np.sqrt(head + tail) / 2, 6),
+        ("head", 75, np.sqrt(head), 4),
+        ("tail", 50, np.sqrt(tail), 2),
+    ):
+        assert f"| {name} | {value:.2f} ± {100 * error:.2f} ({num_images}) |" in table
+
+
+def test_reliability_is_drawn_under_the_prior_of_the_split(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(experts, "record_curves", lambda *_: None)
+    monkeypatch.setattr(experts.figures, "reliability", lambda panels, _: drawn.update(panels))
+    logits = 3 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(60) % 3
+    prior = torch.tensor([0.8, 0.15, 0.05], dtype=torch.float64)
+    offset = torch.zeros(3, dtype=torch.float64)
+    data = SimpleNamespace(
+        num_classes=3, targets=lambda _: targets, targets_if_any=lambda _: targets
+    )
+    run = SimpleNamespace(artifact=nullcontext)
+    splits = ("test_lt", "test_balanced")  # of as many images a class, both
+    experts.record_figures(run, data, dict.fromkeys(splits, logits), 2.0, offset, prior)
+    assert len(drawn) == 2
+    uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
+    for panel in drawn.values():
+        for label, temperature in (("T = 1", 1.0), ("T = 2.00", 2.0)):
+            scores = deployment_scores(logits, temperature, offset, prior, uniform)
+            assert np.array_equal(panel[label], reliability(scores.softmax(1), targets))
+
+
+def test_the_best_validation_is_held_against_the_first(monkeypatch):
+    monkeypatch.setattr(experts, "read_logits", lambda _: SimpleNamespace(splits={}))
+    monkeypatch.setattr(experts, "read_checkpoint", lambda *_: None)
+    targets = torch.arange(200) % 2
+    metrics = {"epoch": 1, "best/val_balanced_accuracy": 0.9, "temperature": 2.0}
+    metrics |= {"temperature_at_bound": 0.0, "test_lt/nll": 1.0, "test_lt/nll_uncalibrated": 2.0}
+    points = {"train/loss": [(1, 0.1)], "val/balanced_accuracy": [(0, 0.2), (1, 0.9)]}
+    run = SimpleNamespace(metrics=metrics, tags={}, history=points.get)
+    data = SimpleNamespace(
+        split_names=("val_lt", "test_lt"),
+        size=lambda _: 0,
+        targets=lambda _: targets,
+        num_classes=2,
+    )
+    logits = {"val_lt": torch.eye(2)[targets]}
+    checks = experts.success_checklist(run, make_config({"epochs": 2}), data, logits)
+    (check,) = [check for check in checks if check.what.startswith("best validation")]
+    assert check.passed
+    assert "first 20.00 %" in check.numbers
