@@ -1,5 +1,6 @@
 """Bad input: one line of ours, exit code 2, no store touched."""
 
+import io
 import logging
 import os
 from pathlib import Path
@@ -190,3 +191,33 @@ def test_offline_is_mlflows_telemetry_too(offline, telemetry, tmp_path, monkeypa
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY")
     assert main(["data", "--source", "nonsense"]) == 2
     assert os.environ.get("MLFLOW_DISABLE_TELEMETRY") == telemetry
+
+
+def test_a_stream_without_a_reader_takes_what_is_written(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        for _ in range(3):
+            print("x" * 100_000, file=cli._Lasting(stream), flush=True)
+
+
+def test_what_a_stream_cannot_show_is_spelled_out():
+    content = io.BytesIO()
+    stream = io.TextIOWrapper(content, "ascii")
+    print("\u2611 \u00b1", file=cli._Lasting(stream), flush=True)
+    assert content.getvalue() == b"\\u2611 \\xb1\n"
+
+
+def test_a_command_whose_output_nobody_reads_ends_as_it_would(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        with pytest.raises(SystemExit) as ended:
+            main(["--help"])
+        assert ended.value.code == 0
+
+
+def test_a_command_without_streams_ends_as_it_would(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["main", "--epoch", "2"]) == 2

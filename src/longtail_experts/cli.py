@@ -1,17 +1,19 @@
 """Arguments -> Config -> stage; exit codes; error messages.
 
 Exit codes: 0 done; 1 a run failed, or is not ready to start; 2 bad input, nothing done; 130 and
-143 on Ctrl-C and SIGTERM.
+143 on Ctrl-C and SIGTERM (or SIGHUP).
 """
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from longtail_experts.config import (
     MLFLOW_RUN,
@@ -22,7 +24,7 @@ from longtail_experts.config import (
     nearest,
     shorten,
 )
-from longtail_experts.tracking.interrupts import Terminated, raise_terminated
+from longtail_experts.tracking.interrupts import ENDING, Terminated, raise_terminated
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +92,54 @@ class _OneLine(logging.Formatter):
         return f"{record.levelname.lower()}: {super().format(record)}"
 
 
+class _Lasting:
+    """A stream that outlives its reader: a training whose terminal or pipe is gone goes on."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        if isinstance(self._stream, io.TextIOWrapper):  # whatever it cannot show is spelled out
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        with open(os.devnull, "wb") as nowhere:  # for what is in its buffer, and for the rest
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def main(arguments: list[str]) -> int:
+    out, err = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            return _main(arguments)
+        finally:
+            out.flush()
+            err.flush()
+
+
+def _main(arguments: list[str]) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # Importing mlflow.pytorch sets the root to ERROR where nothing has been set before.
     logging.getLogger("longtail_experts").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, raise_terminated)
+    for number in ENDING - {signal.SIGINT}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, raise_terminated)
     if os.environ.get("LONGTAIL_OFFLINE") == "1":  # before MLflow is imported, which looks then
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:

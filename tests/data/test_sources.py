@@ -773,3 +773,23 @@ def test_offline_asks_nobody(monkeypatch):
     monkeypatch.setenv("LONGTAIL_OFFLINE", "1")
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: Answer(200))
     assert cifar100_can_be_downloaded() is False
+
+
+@pytest.mark.parametrize(
+    ("says", "line"),
+    [
+        ("one line", "one line"),
+        ("\n  the first\nthe second", "the first"),
+        ("", "ValueError"),
+        (
+            "failures while downloading:\n## No space left",
+            "failures while downloading: ## No space left",
+        ),
+        (
+            "(raised as a result of autoflush)\nreadonly",
+            "(raised as a result of autoflush) readonly",
+        ),
+    ],
+)
+def test_what_an_error_says_in_one_line(says, line):
+    assert sources.first_line(ValueError(says)) == line

@@ -99,18 +99,20 @@ def test_an_interrupted_main_resumes_to_the_same_expert(
 
     assert main(["main", "--resume", run_id]) == 0
     assert "is finished already; nothing was changed" in capsys.readouterr().out
+    assert main(["main", "--resume", run_id, "--epochs", "7"]) == 2
+    assert "epochs=7 (was 6)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "step",
+    ("step", "number"),
     [
-        pytest.param(1, id="first", marks=pytest.mark.slow),
-        pytest.param(8, id="last of an epoch"),
-        pytest.param(11, id="in an epoch", marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGTERM, id="first", marks=pytest.mark.slow),
+        pytest.param(8, signal.SIGTERM, id="last of an epoch"),
+        pytest.param(11, signal.SIGHUP, id="in an epoch"),
     ],
 )
 def test_a_signal_at_any_step_ends_in_the_same_weights(
-    step, store, tiny_arguments, three_experts, monkeypatch, capsys
+    step, number, store, tiny_arguments, three_experts, monkeypatch, capsys
 ):
     train_step, taken = steps.train_step, []
 
@@ -118,7 +120,7 @@ def test_a_signal_at_any_step_ends_in_the_same_weights(
         loss = train_step(*args)
         taken.append(loss)
         if len(taken) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return loss
 
     with monkeypatch.context() as patch:

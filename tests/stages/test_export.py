@@ -162,5 +162,23 @@ def test_experts_of_other_splits_are_not_put_beside_those_that_are_there(
     indices.write_text(json.dumps(json.loads(indices.read_text())[::-1]))
     before = there()
     assert export("balanced_softmax") == 2
-    assert "calib_indices.json holds rows of other splits" in capsys.readouterr().err
+    assert "calib_indices.json is of other images or splits" in capsys.readouterr().err
     assert there() == before
+
+
+@pytest.mark.parametrize("name", ["index_space.json", "calib_targets.json"])
+@pytest.mark.parametrize("loss", ["ce", "logit_adjust"])
+def test_equal_rows_of_other_images_are_other_splits(finished, tmp_path, capsys, name, loss):
+    """As of two folders with as many images a class, whose indices are the same."""
+    out = tmp_path / "out"
+    assert main(["export", "--run_ids", finished["ce"], "--out", str(out)]) == 0
+    (out / "data/images_natural_splits" / name).write_text('{"index_space": "of others"}')
+    assert main(["export", "--run_ids", finished[loss], "--out", str(out)]) == 2
+    assert f"{name} is of other images or splits" in capsys.readouterr().err
+
+
+def test_torchvisions_order_is_not_that_of_an_export_with_another(tmp_path):
+    files = {"data/a_splits/calib_indices.json": [0, 1]}
+    export.write_files(tmp_path, files | {"data/a_splits/index_space.json": {"index_space": "x"}})
+    with pytest.raises(RunError, match=r"index_space\.json is of other images"):
+        export._require_same_rows(tmp_path, files)

@@ -26,6 +26,7 @@ from longtail_experts.stages.inputs import (
     state_before_training,
 )
 from longtail_experts.stages.train import Selection
+from longtail_experts.tracking import experts
 from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import Run, RunError, claimed
 
@@ -335,3 +336,17 @@ def test_deferred_weights_act_from_their_epoch_on(store, tiny_arguments, monkeyp
     asked = [*tiny_arguments, "--epochs", "3", "--reweight_from", "1"]
     assert main(["train", "--loss", "ldam_drw", *asked]) == 0
     assert seen == [False, True, True]
+
+
+def test_what_a_calibration_finds_is_of_its_own_code_and_says_so(trained_briefly, monkeypatch):
+    """Whatever one that was cut off has left."""
+    run = Run(trained_briefly.info.run_id)
+    step = int(run.metrics["best/step"])
+    run.log_metrics({"temperature": 99.0, "test_balanced/nll": 99.0}, step)
+    monkeypatch.setattr(experts, "code_sha256", lambda: "0" * 64)
+    assert main(["calibrate", "--run_id", run.run_id]) == 0
+    assert run.metrics["temperature"] == load_expert_logits(run.run_id).temperature
+    assert run.metrics["test_balanced/nll"] < 99
+    assert run.tags["calibrated.code_sha256"] == "0" * 64
+    assert run.tags["code_sha256"] != "0" * 64
+    assert not [name for name in run.tags if name.startswith("calibrated.git")]

@@ -1,16 +1,19 @@
 """Registered versions, and when the alias `champion` moves."""
 
+import mlflow
 import numpy as np
 import pytest
 import torch
+from filelock import Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts.cli import main
+from longtail_experts.tracking import registry
 from longtail_experts.tracking.logits import SplitLogits, load_expert_logits
 from longtail_experts.tracking.registry import paired_difference, register
-from longtail_experts.tracking.runs import Run
+from longtail_experts.tracking.runs import Run, host_lock
 
 JUDGED_BY = "best/val_balanced_accuracy"
 
@@ -171,3 +174,18 @@ def test_main_registers_what_it_was_asked_to(store, tiny_arguments):
     with torch.no_grad():
         assert model(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 5)
     assert len(expert.class_names) == 5
+
+
+def test_one_process_at_a_time_decides_who_is_champion(monkeypatch):
+    """Two that were compared with the same champion would both follow it."""
+    places = []
+
+    def _register(run, name):
+        places.append(host_lock(f"{mlflow.get_registry_uri()} {name}"))
+        with pytest.raises(Timeout):
+            places[0].acquire(timeout=0)
+
+    monkeypatch.setattr(registry, "_register", _register)
+    register(None, "shared")
+    with places[0].acquire(timeout=0):
+        pass

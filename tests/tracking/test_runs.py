@@ -1,5 +1,9 @@
 """What the store is given, and what it is spared."""
 
+import subprocess
+import time
+from collections.abc import Callable
+
 import mlflow
 import pytest
 from mlflow import MlflowClient
@@ -8,8 +12,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from longtail_experts.cli import main
-from longtail_experts.tracking import patience
+from longtail_experts.tracking import patience, runs
 from longtail_experts.tracking.checkpoints import read_checkpoint
+from longtail_experts.tracking.experts import children_of
 from longtail_experts.tracking.runs import Run, RunError, StoreError, open_run, start_run
 from longtail_experts.tracking.stale import offer_to_resume
 
@@ -213,3 +218,74 @@ def test_a_refused_run_may_be_used_again(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
     with start_run("data", {"stage": "data"}) as run:
         assert run.run_id == launched.info.run_id
+
+
+def test_a_replaced_metric_is_the_newest_whatever_the_clock_says(store, monkeypatch):
+    with start_run("a run", {"stage": "data"}) as run:
+        run.replace_metrics({"x": 0.3, "y": 0.5}, 0)
+        now = time.time()
+        monkeypatch.setattr("longtail_experts.tracking.runs.time.time", lambda: now - 3600)
+        run.replace_metrics({"x": 0.4, "y": 0.5}, 0)
+        assert run.metrics == {"x": 0.4, "y": 0.5}
+        assert len(run.history("y")) == 1
+
+
+def test_a_user_without_a_name_can_start_runs(store, monkeypatch):
+    def unknown():
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    with start_run("a run", {"stage": "data"}) as run:
+        assert run.status == "RUNNING"
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Callable[..., str]:
+    """A repository that is not ours; calls git there."""
+    for name in (
+        "GIT_AUTHOR_NAME",
+        "GIT_COMMITTER_NAME",
+        "GIT_AUTHOR_EMAIL",
+        "GIT_COMMITTER_EMAIL",
+    ):
+        monkeypatch.setenv(name, "someone")
+    (tmp_path / "runs.py").write_text("")
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "nothing of ours")
+    return git
+
+
+def test_the_commit_of_a_repository_that_merely_surrounds_the_source_is_not_its(
+    repository, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.git_tags() == {}
+    repository("add", "runs.py")
+    repository("commit", "-q", "-m", "ours")
+    expected = {"git.commit": repository("rev-parse", "HEAD"), "git.dirty": "false"}
+    assert runs.git_tags() == expected
+
+
+def test_a_hooks_repository_is_not_that_of_the_source(repository, tmp_path, monkeypatch):
+    before = runs.git_tags()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert runs.git_tags() == before
+
+
+@pytest.mark.parametrize("asked", ["0", "False"])
+def test_system_metrics_are_left_out_in_every_spelling(store, monkeypatch, asked):
+    seen, start = {}, mlflow.start_run
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", asked)
+    monkeypatch.setattr(mlflow, "start_run", lambda **given: seen.update(given) or start(**given))
+    with start_run("a run", {"stage": "train"}, system_metrics=True):
+        assert seen["log_system_metrics"] is False
+
+
+def test_a_run_that_someone_nested_in_a_parent_is_no_expert(store):
+    with start_run("parent", {"stage": "all"}) as parent, mlflow.start_run(nested=True):
+        assert children_of(parent) == {}

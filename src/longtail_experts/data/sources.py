@@ -65,8 +65,15 @@ class DataError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, for a message of one line; its type where it says nothing."""
-    return next(filter(str.strip, str(error).splitlines()), type(error).__name__)
+    """What an error says, for a message of one line; its type where it says nothing.
+
+    Two lines where the first only leads to the second, as of MLflow's downloads and SQLAlchemy.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    leads = lines[0].endswith(":") or lines[0].startswith("(raised as")
+    return " ".join(lines[: 1 + leads])
 
 
 @dataclass(frozen=True)

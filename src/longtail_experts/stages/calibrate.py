@@ -66,6 +66,7 @@ def run(run_id: str, changes: dict[str, str]) -> None:
         experts.require_same_splits(source, config, data)
         trained = load_trained(source, config, data)
         with experts.start_calibration_run(source):
+            source.set_tags(experts.tags_of_calibrated(source, config))
             calibrate_expert(source, config, data, trained)
     print(f"run {run_id} calibrated")
 
@@ -111,11 +112,11 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
         **{name: v.tolist() for name, v in vectors.items()},
     }
     write_logits(run_, as_exported(logits, data), constants)
-    run_.log_metrics(metrics, step)
+    run_.replace_metrics(metrics, step)  # those of a calibration that was cut off
     of_last = metrics["test_balanced/balanced_accuracy"]
     if trained.last_step != step:
         of_last = balanced_accuracy_of(trained.last_network, config, data)
-    run_.log_metrics({"test_balanced/balanced_accuracy_last": of_last}, trained.last_step)
+    run_.replace_metrics({"test_balanced/balanced_accuracy_last": of_last}, trained.last_step)
     experts.record_per_class(run_, data, recalls(logits, data))
     experts.record_figures(run_, data, logits, calibration.of_rows, log_offset, prior)
     log_expert_model(

@@ -85,18 +85,21 @@ def run(run_ids: list[str], out: Path) -> None:
 
 
 def _require_same_rows(out: Path, files: dict[str, Any]) -> None:
-    """Experts exported earlier to the same place must be of the same splits: the rows of their
-    logits are those of the indices there."""
-    for path, content in files.items():
+    """Experts exported earlier to the same place must be of the same splits of the same images:
+    the rows of their logits are those of the indices there."""
+    of_data = {path: content for path, content in files.items() if path.endswith(".json")}
+    folder = Path(next(iter(of_data))).parent
+    of_data.setdefault(str(folder / "index_space.json"), None)  # None: the order is torchvision's
+    for path, content in of_data.items():
         there = out / path
-        if path.endswith("_indices.json") and there.exists():
+        if there.exists():
             try:
                 is_same = json.loads(there.read_text()) == content
             except (OSError, ValueError):
                 is_same = False
             if not is_same:
                 raise RunError(
-                    f"out={out}: {path} holds rows of other splits, exported before; give these "
+                    f"out={out}: {path} is of other images or splits, exported before; give these "
                     "experts another out"
                 )
 

@@ -44,11 +44,9 @@ def open_begun(
         launcher: AbstractContextManager[Run | None] = nullcontext()
     else:
         launcher = experts.launched_resuming_run(source)
-    if source.status == "FINISHED":
-        with launcher:
-            print(f"run {run_id} is finished already; nothing was changed")
-        return None
-    require_resumable(source)
+    is_finished = source.status == "FINISHED"
+    if not is_finished:
+        require_resumable(source)
     if not source.has_artifact("config.yaml"):
         raise RunError(f"run {run_id}: was cut off before it began to train; start a new one")
     recorded = experts.recorded_config(source)
@@ -60,6 +58,10 @@ def open_begun(
         f"resume={run_id}",
         {*MAY_CHANGE_ON_RESUME, *undecided},
     )
+    if is_finished:
+        with launcher:
+            print(f"run {run_id} is finished already; nothing was changed")
+        return None
     changes = {name: given[name] for name in MAY_CHANGE_ON_RESUME if name in given}
     config = resolve(recorded.replace(**{"device": "auto"} | changes))
     data = load_dataset(config)

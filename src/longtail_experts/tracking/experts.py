@@ -90,6 +90,12 @@ def tags_of_resumed(run: Run, config: Config) -> dict[str, str]:
     return tags | {f"resumed.{name}": value for name, value in changed.items()}
 
 
+def tags_of_calibrated(run: Run, config: Config) -> dict[str, str]:
+    """With which code and device a run was calibrated, where they are others than it began with."""
+    now = machine_tags(config)
+    return {f"calibrated.{name}": v for name, v in now.items() if run.tags.get(name) != v}
+
+
 def machine_tags(config: Config) -> dict[str, str]:
     return {
         "data.source": config.source,
@@ -190,7 +196,8 @@ def children_of(parent: Run) -> dict[str, Run]:
         f"tags.mlflow.parentRunId = '{parent.run_id}'",
         order_by=["attributes.start_time ASC"],
     )
-    return {run.data.tags["expert"]: Run(run.info.run_id) for run in found}
+    tagged = [(run.data.tags.get("expert"), run.info.run_id) for run in found]
+    return {loss: Run(run_id) for loss, run_id in tagged if loss}  # others may nest runs there
 
 
 def start_calibration_run(source: Run) -> AbstractContextManager[Run]:

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: noted at once, acted on between two steps and after a call of the store."""
+"""Ctrl-C, SIGTERM and SIGHUP: noted at once, acted on between two steps and after a call of the
+store."""
 
 import signal
 import threading
@@ -9,17 +10,19 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import NoReturn
 
+# The last is that of a terminal or connection that is gone; Windows has none.
+ENDING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 SAME_PRESS = 1.0  # seconds within which another SIGINT is the same Ctrl-C
 
 _heeded: ContextVar[list[int] | None] = ContextVar("heeded", default=None)
 
 
 class Terminated(BaseException):
-    """SIGTERM; ends the active run as KILLED on its way out."""
+    """SIGTERM or SIGHUP; ends the active run as KILLED on its way out."""
 
 
 def raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """The handler of SIGTERM wherever nothing has to be finished first."""
+    """The handler of both wherever nothing has to be finished first."""
     raise Terminated
 
 
@@ -53,7 +56,7 @@ def delayed_signals() -> Iterator[list[int]]:
 
     before = {
         number: signal.signal(number, note)
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in ENDING
         if signal.getsignal(number) not in (signal.SIG_IGN, None)
     }
     outside = _heeded.set(arrived)

@@ -11,7 +11,7 @@ from mlflow.entities import LoggedModelStatus
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.logits import SplitLogits, read_logits
-from longtail_experts.tracking.runs import Run, RunError, open_run
+from longtail_experts.tracking.runs import Run, RunError, host_lock, open_run
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ def register(run: Run, name: str) -> None:
     Whatever fails, a warning says how to repeat it: a finished expert does not fail for that.
     """
     try:
-        outcome = _register(run, name)
+        with host_lock(f"{mlflow.get_registry_uri()} {name}"):  # two would both challenge the third
+            outcome = _register(run, name)
     except Exception as error:
         log.warning(
             "register_as=%s: not registered (%s); to repeat it, in the project's folder: "

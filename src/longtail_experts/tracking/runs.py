@@ -100,6 +100,9 @@ class Run:
         """What the run holds another value of is logged anew: MLflow shows the newest of a step."""
         there, now = self.metrics, int(time.time() * 1000)
         new = [n for n, value in values.items() if there.get(n) != float(value)]
+        for name in there.keys() & set(new):  # whatever the clock says now
+            history = self.client.get_metric_history(self.run_id, name)
+            now = max(now, *(point.timestamp + 1 for point in history))
         self.log_metric_points([Metric(n, float(values[n]), now, step) for n in new])
 
     def log_metric_points(self, points: list[Metric], wait: bool = True) -> None:
@@ -320,7 +323,8 @@ def start_run(
                 experiment_id=parent and parent.experiment_id,
                 # At once, so that a run cut off in this moment is seen as ours.
                 tags={**tags, **process_tags()},
-                log_system_metrics=system_metrics and os.environ.get(SYSTEM_METRICS) != "false",
+                log_system_metrics=system_metrics
+                and os.environ.get(SYSTEM_METRICS, "").lower() not in ("false", "0"),
             )
             run = Run(active.info.run_id)
 
@@ -389,7 +393,7 @@ def _first_contact(uri: str) -> Iterator[None]:
     """One process of this host at a time: MLflow creates its tables, and an experiment, without
     a lock, and all but one of the processes that do so at once fail. Signals wait for its end."""
     path = uri.removeprefix("sqlite:///")
-    with _host_lock(uri if path == uri else os.path.abspath(path)), delayed_signals():
+    with host_lock(uri if path == uri else os.path.abspath(path)), delayed_signals():
         yield
 
 
@@ -401,18 +405,21 @@ def claimed(run: Run | None) -> Iterator[None]:
         yield
         return
     try:
-        lock = _host_lock(run.run_id).acquire(timeout=0)
+        lock = host_lock(run.run_id).acquire(timeout=0)
     except Timeout:
         raise RunError(f"run {run.run_id}: another process is going on with it already") from None
     with lock:
         yield
 
 
-def _host_lock(what: str) -> FileLock:
+def host_lock(what: str) -> FileLock:
+    """Held by one process of this host and user at a time."""
     name = hashlib.sha256(what.encode()).hexdigest()[:16]
-    return FileLock(
-        Path(tempfile.gettempdir()) / f"longtail-experts-{getpass.getuser()}-{name}.lock"
-    )
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = str(os.getuid())
+    return FileLock(Path(tempfile.gettempdir()) / f"longtail-experts-{user}-{name}.lock")
 
 
 def launched_run_id() -> str | None:
@@ -529,7 +536,9 @@ def require_room(run: Run, folder: Path, needed: int) -> None:
 
 
 def git_tags() -> dict[str, str]:
-    """Commit of the source and whether it was changed since; nothing outside a repository."""
+    """Commit of the source and whether it was changed since; nothing outside a repository, and
+    nothing of one that merely surrounds it, as that of a virtual environment's project."""
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # set where a hook runs this
 
     def git(*arguments: str) -> str:
         answer = subprocess.run(
@@ -538,10 +547,12 @@ def git_tags() -> dict[str, str]:
             text=True,
             timeout=10,
             check=True,
+            env={name: value for name, value in os.environ.items() if name not in elsewhere},
         )
         return answer.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return {}
