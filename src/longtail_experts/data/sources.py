@@ -191,9 +191,13 @@ def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
             else:
                 raise
     except (OSError, RuntimeError, EOFError) as error:  # md5 mismatch, no network, bad archive
+        says = first_line(error).replace(" You can use download=True to download it", "")
+        remedy = ""
+        if official_files_present(cifar, folder):
+            remedy = "what an interrupted download has left there is to be deleted first; "
         raise DataError(
             f"data_dir={folder}: {cifar.title} is missing, damaged or cannot be downloaded "
-            f"({first_line(error)}); {_what_it_looks_like(cifar)}"
+            f"({says}); {remedy}{_what_it_looks_like(cifar)}"
         ) from None
     train, test = halves
     return _image_data(
