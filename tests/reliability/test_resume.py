@@ -71,7 +71,7 @@ def interrupted(store, tiny_arguments):
 
 
 def test_an_interrupted_main_resumes_to_the_same_expert(
-    store, interrupted, three_experts, capsys, tiny_arguments
+    store, interrupted, three_experts, capsys, tiny_arguments, monkeypatch
 ):
     """That of `main loss=all`, too, though trained alone."""
     run_id = interrupted("main", "ce", 10)
@@ -101,6 +101,11 @@ def test_an_interrupted_main_resumes_to_the_same_expert(
     assert "is finished already; nothing was changed" in capsys.readouterr().out
     assert main(["main", "--resume", run_id, "--epochs", "7"]) == 2
     assert "epochs=7 (was 6)" in capsys.readouterr().err
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)  # left from the command before
+    assert main(["train", "--loss", "logit_adjust", "--seed", "3"]) == 2
+    said = capsys.readouterr().err
+    assert f"MLFLOW_RUN_ID={run_id}: cannot go on with another config: loss=logit_adjust" in said
+    assert Run(run_id).status == "FINISHED"
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,9 @@ def open_begun(
     Raises RunError where it is no training, is being filled by another process, or was begun
     with other values of the fields in `compared`; DataError where its images are not there.
     """
-    source = open_run(run_id)
-    if (
-        os.environ.get("MLFLOW_RUN_ID") == run_id
-    ):  # mlflow run --run-id: no pointer beside the run itself
+    source, what = open_run(run_id), f"resume={run_id}"
+    if os.environ.get("MLFLOW_RUN_ID") == run_id:  # mlflow run --run-id: the run itself, no pointer
+        what = f"MLFLOW_RUN_ID={run_id}"
         del os.environ["MLFLOW_RUN_ID"]
         launcher: AbstractContextManager[Run | None] = nullcontext()
     else:
@@ -47,17 +46,15 @@ def open_begun(
     is_finished = source.status == "FINISHED"
     if not is_finished:
         require_resumable(source)
-    if not source.has_artifact("config.yaml"):
+    if source.has_artifact("config.yaml"):
+        recorded = experts.recorded_config(source)
+        asked_text = {name: value for name, value in asked.as_text().items() if name in compared}
+        undecided = {name for name in ("expert_seed", "precision") if name not in given}
+        require_same_fields(
+            recorded.as_text(), asked_text, what, {*MAY_CHANGE_ON_RESUME, *undecided}
+        )
+    elif not is_finished:
         raise RunError(f"run {run_id}: was cut off before it began to train; start a new one")
-    recorded = experts.recorded_config(source)
-    asked_text = {name: value for name, value in asked.as_text().items() if name in compared}
-    undecided = {name for name in ("expert_seed", "precision") if name not in given}
-    require_same_fields(
-        recorded.as_text(),
-        asked_text,
-        f"resume={run_id}",
-        {*MAY_CHANGE_ON_RESUME, *undecided},
-    )
     if is_finished:
         with launcher:
             print(f"run {run_id} is finished already; nothing was changed")
