@@ -108,6 +108,21 @@ def test_an_interrupted_main_resumes_to_the_same_expert(
     assert Run(run_id).status == "FINISHED"
 
 
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """SIGHUP as it is where nothing ignores it, as `nohup pytest` does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_connection_that_is_lost_is_nothing_to_whom_it_was_kept_from(hang_up):
+    """`nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert main(["main", "--epoch", "2"]) == 2
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 @pytest.mark.parametrize(
     ("step", "number"),
     [
@@ -117,7 +132,7 @@ def test_an_interrupted_main_resumes_to_the_same_expert(
     ],
 )
 def test_a_signal_at_any_step_ends_in_the_same_weights(
-    step, number, store, tiny_arguments, three_experts, monkeypatch, capsys
+    step, number, hang_up, store, tiny_arguments, three_experts, monkeypatch, capsys
 ):
     train_step, taken = steps.train_step, []
 
