@@ -112,21 +112,20 @@ def small_network(request, monkeypatch) -> None:
         use_small_network(monkeypatch)
 
 
-def use_blank_figures(patch: pytest.MonkeyPatch) -> None:
-    """Figures of one pixel: to draw those of an expert takes longer than a tiny training."""
+def use_blank_figures(patch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Figures of one pixel: to draw those of an expert takes longer than a tiny training. Returns
+    what draws real ones."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    draw = FigureCanvasAgg.print_png
     patch.setattr(FigureCanvasAgg, "print_png", lambda _, path: Image.new("L", (1, 1)).save(path))
+    return draw
 
 
 @pytest.fixture(autouse=True)
 def blank_figures(monkeypatch) -> Callable[..., None]:
-    """The experts of `three_experts` have real ones. Returns what draws."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    draw = FigureCanvasAgg.print_png
-    use_blank_figures(monkeypatch)
-    return draw
+    """The experts of `three_experts` have real ones."""
+    return use_blank_figures(monkeypatch)
 
 
 @pytest.fixture

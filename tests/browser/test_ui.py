@@ -185,10 +185,10 @@ def test_its_metrics_are_drawn(open_run_page, page):
 
 
 def test_its_figures_are_drawn(open_run_page, page):
-    first, *others = ("learning_curves", "lr_schedule", "per_class_accuracy", "reliability")
-    open_run_page("ce", f"/artifacts/figures/{first}.png")
+    names = ("learning_curves", "lr_schedule", "per_class_accuracy", "reliability")
+    open_run_page("ce", f"/artifacts/figures/{names[0]}.png")
     image, shown = page.locator("img[src^=blob], img[src*=artifact]").first, set()
-    for name in (first, *others):
+    for name in names:
         page.get_by_text(f"{name}.png", exact=True).first.click()  # in the tree of files
         see(page, re.compile(f"figures/{name}.png$"))
         wait_until(lambda: image.get_attribute("src") not in shown, 90, name)

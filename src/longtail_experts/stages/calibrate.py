@@ -66,7 +66,7 @@ def run(run_id: str, changes: dict[str, str]) -> None:
         experts.require_same_splits(source, config, data)
         trained = load_trained(source, config, data)
         with experts.start_calibration_run(source):
-            source.set_tags(experts.tags_of_calibrated(source, config))
+            source.set_tags(experts.tags_that_differ("calibrated", source.tags, config))
             calibrate_expert(source, config, data, trained)
     print(f"run {run_id} calibrated")
 

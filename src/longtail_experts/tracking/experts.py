@@ -84,16 +84,15 @@ def start_expert_run(
 
 def tags_of_resumed(run: Run, config: Config) -> dict[str, str]:
     """How often a run was resumed, and with which code and device where they are others."""
-    before, now = run.tags, machine_tags(config)
-    tags = {"resumed": str(int(before.get("resumed", "0")) + 1)}
-    changed = {name: value for name, value in now.items() if before.get(name) != value}
-    return tags | {f"resumed.{name}": value for name, value in changed.items()}
+    before = run.tags
+    times = str(int(before.get("resumed", "0")) + 1)
+    return {"resumed": times} | tags_that_differ("resumed", before, config)
 
 
-def tags_of_calibrated(run: Run, config: Config) -> dict[str, str]:
-    """With which code and device a run was calibrated, where they are others than it began with."""
+def tags_that_differ(since: str, before: Mapping[str, str], config: Config) -> dict[str, str]:
+    """`since`.name of each machine tag that is another than when a run began."""
     now = machine_tags(config)
-    return {f"calibrated.{name}": v for name, v in now.items() if run.tags.get(name) != v}
+    return {f"{since}.{name}": value for name, value in now.items() if before.get(name) != value}
 
 
 def machine_tags(config: Config) -> dict[str, str]:
