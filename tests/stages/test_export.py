@@ -24,7 +24,7 @@ def test_the_tree_that_argse_reads(finished, tmp_path, caplog):
     assert main(["export", "--run_ids", ids, "--out", str(tmp_path / "out")]) == 0
     out, name = tmp_path / "out", "images_natural"
     expected = {f"data/{name}_splits/{s}_{w}.json" for s in SPLITS for w in ("indices", "targets")}
-    expected |= {f"data/{name}_splits/index_space.json"}
+    expected |= {f"data/{name}_splits/index_space.json", f"outputs/logits/{name}/runs.json"}
     for label in NAMES.values():
         expected |= {f"outputs/logits/{name}/{label}_baseline/{s}_logits.pt" for s in SPLITS}
         expected |= {
@@ -175,6 +175,36 @@ def test_equal_rows_of_other_images_are_other_splits(finished, tmp_path, capsys,
     (out / "data/images_natural_splits" / name).write_text('{"index_space": "of others"}')
     assert main(["export", "--run_ids", finished[loss], "--out", str(out)]) == 2
     assert f"{name} is of other images or splits" in capsys.readouterr().err
+
+
+def test_of_which_run_each_expert_is_stands_beside_its_logits(finished, tmp_path, caplog):
+    out = tmp_path / "out"
+    path = out / "outputs/logits/images_natural/runs.json"
+
+    def export_and_read(loss: str) -> dict:
+        assert main(["export", "--run_ids", finished[loss], "--out", str(out)]) == 0
+        return json.loads(path.read_text())
+
+    export_and_read("ce")
+    runs = export_and_read("logit_adjust")
+    export_and_read("ce")  # the same run again is no other one
+    assert not [r for r in caplog.records if "is replaced" in r.getMessage()]
+    for loss, label in (("ce", "ce_baseline"), ("logit_adjust", "logitadjust_baseline")):
+        params = MlflowClient().get_run(finished[loss]).data.params
+        assert runs.pop(label) == {
+            "run_id": finished[loss],
+            "seed": params["seed"],
+            "expert_seed": params["expert_seed"],
+            "splits_sha256": params["splits_sha256"],
+            "temperature": load_expert_logits(finished[loss]).temperature,
+        }
+    assert not runs
+
+    path.write_text('{"ce_baseline": {"run_id": "another"}, "balsoftmax_baseline": "?"}')
+    assert export_and_read("ce")["ce_baseline"]["run_id"] == finished["ce"]
+    assert "ce_baseline of run another is replaced" in caplog.text
+    path.write_text("not JSON")
+    assert list(export_and_read("ce")) == ["ce_baseline"]
 
 
 def test_torchvisions_order_is_not_that_of_an_export_with_another(tmp_path):

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from longtail_experts.config import make_config
@@ -50,6 +51,17 @@ def test_reliability_is_drawn_under_the_prior_of_the_split(monkeypatch):
         for label, temperature in (("T = 1", 1.0), ("T = 2.00", 2.0)):
             scores = deployment_scores(logits, temperature, offset, prior, uniform)
             assert np.array_equal(panel[label], reliability(scores.softmax(1), targets))
+
+
+@pytest.mark.parametrize(
+    ("class_counts", "is_uneven"),
+    [([99, 80], False), ([15, 10], False), ([16, 10], True), ([3, 0], True)],
+)
+def test_unequal_test_images_are_said_to_be_no_uniform_prior(class_counts, is_uneven):
+    notice = experts.uneven_notice(torch.tensor(class_counts))
+    least, most = class_counts[1], class_counts[0]
+    assert (f"the classes of test_balanced have {least} to {most} images" in notice) is is_uneven
+    assert bool(notice) is is_uneven
 
 
 def test_the_best_validation_is_held_against_the_first(monkeypatch):

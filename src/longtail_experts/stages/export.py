@@ -3,6 +3,8 @@
 data/<name>_splits/<split>_indices.json
 outputs/logits/<name>/<expert>_baseline/<split>_logits.pt        float16 [N, C], f / T
 checkpoints/experts/<name>/{best,final_calibrated}_<expert>_baseline.pth
+
+and, which it does not read, outputs/logits/<name>/runs.json: the run that each expert came from.
 """
 
 import json
@@ -79,6 +81,16 @@ def run(run_ids: list[str], out: Path) -> None:
             targets = first.splits[split].targets.tolist()
             files[f"data/{name}_splits/{split}_targets.json"] = targets
     _require_same_rows(out, files)
+    path_of_runs = f"outputs/logits/{name}/runs.json"
+    there = _runs_there(out / path_of_runs)
+    for loss, run_ in zip(losses, runs, strict=True):
+        label = f"{ARGSE_NAMES[loss]}_baseline"
+        before = there.get(label)
+        if isinstance(before, dict) and before.get("run_id") != run_.run_id:
+            log.warning("%s of run %s is replaced", label, shorten(before.get("run_id")))
+        of_run = {key: run_.params.get(key) for key in ("seed", "expert_seed", "splits_sha256")}
+        there[label] = {"run_id": run_.run_id, **of_run, "temperature": experts[loss].temperature}
+    files[path_of_runs] = there
     with launched_run(f"export {name}", {"stage": "export"}):
         write_files(out, files)
     print(f"{len(files)} files of {', '.join(losses)} written below {out}")
@@ -102,6 +114,15 @@ def _require_same_rows(out: Path, files: dict[str, Any]) -> None:
                     f"out={out}: {path} is of other images or splits, exported before; give these "
                     "experts another out"
                 )
+
+
+def _runs_there(path: Path) -> dict[str, Any]:
+    """What earlier exports to the same place wrote of theirs; {} where that cannot be read."""
+    try:
+        runs = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return runs if isinstance(runs, dict) else {}
 
 
 def dataset_name(manifest: dict[str, Any]) -> str:

@@ -367,6 +367,19 @@ def approximation_notice(loss: str) -> str:
     )
 
 
+def uneven_notice(class_counts: Tensor) -> str:
+    """Of test images whose classes are too unequal for the uniform prior to be theirs: CIFAR's
+    without val_lt are 80 to 99 a class."""
+    least, most = int(class_counts.min()), int(class_counts.max())
+    if most <= 1.5 * least:
+        return ""
+    return (
+        f"\n\n**Uneven:** the classes of test_balanced have {least:,} to {most:,} images. NLL, Brier "
+        "and ECE on it are of scores under the uniform prior but means over images, in which "
+        "classes with more of them weigh more; `balanced` is a mean over classes."
+    )
+
+
 def which_checkpoint(metrics: Mapping[str, float]) -> str:
     if "best/epoch" not in metrics:
         return f"the last checkpoint, of epoch {int(metrics['epoch'])}; nothing was selected"
@@ -384,7 +397,9 @@ def record_report(run: Run, data: Dataset, logits: Mapping[str, Tensor]) -> None
     result = [
         f"{notice(config)}## {config.loss}: test_balanced balanced accuracy {100 * balanced:.2f} %",
         accuracy_table(metrics, data, logits),
-        report.calibration_markdown(metrics) + approximation_notice(config.loss),
+        report.calibration_markdown(metrics)
+        + approximation_notice(config.loss)
+        + uneven_notice(data.class_counts("test_balanced")),
     ]
     rest = [
         f"## Success checklist\n\n{report.checklist_markdown(checks)}",
