@@ -286,7 +286,7 @@ def all_runs() -> list:
     ("arguments", "says"),
     [
         (["--run_ids", "nonsense"], "run_id=nonsense: not found"),
-        (["--run_ids", "PARENT"], "is no calibrated expert (its stage is all)"),
+        (["--run_ids", "PARENT"], "is not the run of an expert (its stage is all)"),
         (["--run_ids", "CE,CE"], "is given 2 times"),
         (["--run_ids", "CE", "--last", "2"], "run_ids together with last"),
         (["--last", "0"], "last='0': give a number"),

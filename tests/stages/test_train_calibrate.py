@@ -1,5 +1,6 @@
 """`train` on one day and `calibrate` on another give what `main` gives in one go."""
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -149,7 +150,10 @@ def test_calibrate_refuses_what_it_cannot_use(store, trained_briefly, capfd, tmp
     (artifacts / "config.yaml").write_text(yaml.safe_dump(config))
 
     MlflowClient().delete_tag(run_id, "training")
-    assert "its training has not ended" in refused("--run_id", run_id)
+    goes_on = f"its training has not ended (status FINISHED); -P resume={run_id} goes on with it"
+    assert goes_on in refused("--run_id", run_id)
+    with pytest.raises(RunError, match=re.escape(goes_on)):
+        load_expert_logits(run_id)
     MlflowClient().set_tag(run_id, "training", "complete")
 
     last = (artifacts / "checkpoints/last.pt").read_bytes()

@@ -21,7 +21,7 @@ from torch import Tensor
 from longtail_experts.config import shorten
 from longtail_experts.data.sources import CIFARS, first_line
 from longtail_experts.tracking.checkpoints import read_checkpoint
-from longtail_experts.tracking.logits import ExpertLogits, load_expert_logits
+from longtail_experts.tracking.logits import ExpertLogits, read_logits, require_calibrated
 from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ ARGSE_SPLITS = ("train", "tuneV", "val_small", "calib", "val_lt", "test_lt")
 def run(run_ids: list[str], out: Path) -> None:
     """Write the tree below `out`, each file whole; RunError before anything is written."""
     runs = [open_run(run_id) for run_id in run_ids]
+    for run_ in runs:
+        require_calibrated(run_)
     losses = [_loss_of(run_) for run_ in runs]
     for loss in losses:
         if losses.count(loss) > 1:
@@ -53,9 +55,7 @@ def run(run_ids: list[str], out: Path) -> None:
             "reads; train with protocol=experts"
         )
     files: dict[str, Any] = {}
-    experts = {
-        loss: load_expert_logits(run_.run_id) for loss, run_ in zip(losses, runs, strict=True)
-    }
+    experts = {loss: read_logits(run_) for loss, run_ in zip(losses, runs, strict=True)}
     for (loss, expert), run_ in zip(experts.items(), runs, strict=True):
         label = f"{ARGSE_NAMES[loss]}_baseline"
         for split, values in half_precision_logits(expert).items():
@@ -179,9 +179,7 @@ def write_files(out: Path, files: dict[str, Any]) -> None:
 
 
 def _loss_of(run_: Run) -> str:
-    loss = run_.tags.get("expert")
-    if loss is None:
-        raise RunError(f"run {run_.run_id}: is not the run of an expert (it has no tag expert)")
+    loss = run_.tags["expert"]
     if loss not in ARGSE_NAMES:
         raise RunError(
             f"run {run_.run_id}: AR-GSE has no place for loss {shorten(loss)}; give runs of "

@@ -26,7 +26,7 @@ from longtail_experts.learning.metrics import (
     reliability,
 )
 from longtail_experts.tracking.experts import recorded_config
-from longtail_experts.tracking.logits import ExpertLogits, is_calibrated, read_logits
+from longtail_experts.tracking.logits import ExpertLogits, read_logits, require_calibrated
 from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_run, store_to_read
 
 DEPLOYMENTS = {"uniform": "test_balanced", "test_lt": "test_lt"}  # prior q -> split scored under it
@@ -148,14 +148,6 @@ def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
         known = ", ".join(e.name for e in client.search_experiments(max_results=10))
         raise RunError(f"experiment={name[:60]}: not in the store; there are: {known}")
     return found.experiment_id
-
-
-def require_calibrated(run: Run) -> None:
-    if not is_calibrated(run):
-        raise RunError(
-            f"run {run.run_id}: is no calibrated expert (its stage is {run.tags.get('stage')}); "
-            f"if it is a training, first: {MLFLOW_RUN} -e calibrate -P run_id={run.run_id}"
-        )
 
 
 # --- what they hold ---------------------------------------------------------------------------

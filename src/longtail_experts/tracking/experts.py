@@ -25,7 +25,7 @@ from longtail_experts.learning.metrics import (
 from longtail_experts.tracking import charts, figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.identity import code_sha256, processor
-from longtail_experts.tracking.logits import read_logits
+from longtail_experts.tracking.logits import read_logits, require_training_ended
 from longtail_experts.tracking.runs import (
     Run,
     RunError,
@@ -267,11 +267,7 @@ def require_trained(run: Run) -> None:
             f"run {run.run_id}: has no checkpoints/{name}.pt (its stage is {stage}); give the id "
             "of a train run"
         )
-    if "training" not in run.tags:
-        raise RunError(
-            f"run {run.run_id}: its training has not ended (status {run.status}); train again, "
-            "or wait for it"
-        )
+    require_training_ended(run)
 
 
 # --- after calibration ------------------------------------------------------------------------
@@ -374,8 +370,8 @@ def uneven_notice(class_counts: Tensor) -> str:
     if most <= 1.5 * least:
         return ""
     return (
-        f"\n\n**Uneven:** the classes of test_balanced have {least:,} to {most:,} images. NLL, Brier "
-        "and ECE on it are of scores under the uniform prior but means over images, in which "
+        f"\n\n**Uneven:** the classes of test_balanced have {least:,} to {most:,} images. NLL, "
+        "Brier and ECE on it are of scores under the uniform prior but means over images, in which "
         "classes with more of them weigh more; `balanced` is a mean over classes."
     )
 

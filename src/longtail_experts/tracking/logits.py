@@ -71,12 +71,31 @@ def load_expert_logits(run_id: str) -> ExpertLogits:
     malformed or not the one whose hash the manifest holds.
     """
     run = open_run(run_id)
-    if not is_calibrated(run):
-        raise RunError(
-            f"run {run_id}: is not calibrated; calibrate it first "
-            f"({MLFLOW_RUN} -e calibrate -P run_id={run_id})"
-        )
+    require_calibrated(run)
     return read_logits(run)
+
+
+def require_calibrated(run: Run) -> None:
+    """RunError, with what is to be done first, for a run that is no calibrated expert."""
+    if "expert" not in run.tags:
+        stage = run.tags.get("stage", "none")
+        raise RunError(f"run {run.run_id}: is not the run of an expert (its stage is {stage})")
+    if is_calibrated(run):
+        return
+    require_training_ended(run)
+    raise RunError(
+        f"run {run.run_id}: is not calibrated; calibrate it first "
+        f"({MLFLOW_RUN} -e calibrate -P run_id={run.run_id})"
+    )
+
+
+def require_training_ended(run: Run) -> None:
+    if "training" not in run.tags:
+        wait = "wait for it, or, if its process is gone, " if run.status == "RUNNING" else ""
+        raise RunError(
+            f"run {run.run_id}: its training has not ended (status {run.status}); {wait}"
+            f"-P resume={run.run_id} goes on with it"
+        )
 
 
 def read_logits(run: Run) -> ExpertLogits:
