@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import tarfile
 import threading
@@ -391,6 +392,23 @@ def test_cache_that_cannot_be_written_is_a_warning(parquet_dir, tmp_path, monkey
     assert_is_the_content(load(parquet_dir))
     assert "not cached" in caplog.text
     assert (tmp_path / "occupied").read_text() == "a file"
+
+
+def test_cache_that_may_not_be_looked_into_is_a_warning(parquet_dir, tmp_path, monkeypatch, caplog):
+    """As a folder of another user, without permission to search it."""
+    private, stat = str(tmp_path / "private"), os.stat
+
+    def refuse(path, *arguments, **options):
+        if str(path).startswith(private):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "mkdir", lambda path, *_: refuse(path))
+    monkeypatch.setenv("LONGTAIL_CACHE_DIR", private)
+    assert_is_the_content(load(parquet_dir))
+    assert "not cached" in caplog.text
+    assert "Permission denied" in caplog.text
 
 
 def test_failed_write_leaves_nothing_behind(parquet_dir, cache_dir, monkeypatch):

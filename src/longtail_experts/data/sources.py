@@ -527,7 +527,7 @@ def _cached(key: str, decode: Callable[[], ImageData]) -> ImageData:
 
 
 def _read_entry(entry: Path) -> ImageData | None:
-    if not entry.is_file():
+    if not os.path.isfile(entry):  # nor where the folder may not be looked into
         return None
     try:
         stored = read_npz(entry, (*ARRAYS, "meta"))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import mlflow
 
-from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.tracking import report, stale
 from longtail_experts.tracking.comparison import experiment_id
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
@@ -81,15 +80,8 @@ def find_sweep(experiment: str | None, sweep_sha256: str) -> Run | None:
     found = list(_runs(experiment, f"tags.sweep_sha256 = '{sweep_sha256}'"))
     if not found:
         return None
-    run, tags = Run(found[-1].info.run_id), found[-1].data.tags
-    if found[-1].info.status == "RUNNING":
-        if not is_on_this_host(tags):
-            raise RunError(
-                f"run {run.run_id}: is this sweep, RUNNING on host {tags.get('host')} as far as "
-                f"the store knows; if its process is gone, first: {MLFLOW_RUN} -e reap -P "
-                f"run_id={run.run_id}"
-            )
-        stale.require_no_process(run)
+    run = Run(found[-1].info.run_id)
+    stale.require_not_running(run)
     return run
 
 
