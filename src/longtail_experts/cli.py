@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin
 
 from longtail_experts.config import (
     MLFLOW_RUN,
@@ -209,8 +209,16 @@ def parser() -> Parser:
             )
         for field in _config_fields(name):
             about = (Config.model_fields[field].description or "").replace("%", "%%")
-            entry.add_argument(f"--{field}", help=about, metavar="VALUE")
+            entry.add_argument(f"--{field}", help=about, metavar=_values_of(field))
     return top
+
+
+def _values_of(field: str) -> str:
+    """What a field takes, for the usage line."""
+    kind = Config.model_fields[field].annotation
+    if kind is bool:
+        return "{true,false}"
+    return f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else "VALUE"
 
 
 def _config_fields(entry_point: str) -> tuple[str, ...]:
@@ -409,7 +417,7 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
         if entry_point == "export":
             from longtail_experts.stages import export
 
-            export.run(_ids(given["run_ids"]), Path(given["out"]))
+            export.run(_ids(given["run_ids"]), _out(given))
         elif entry_point == "compare":
             from longtail_experts.stages import compare
 
@@ -421,7 +429,7 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
         elif entry_point == "results":
             from longtail_experts.stages import results
 
-            results.run(_ids(given["sweeps"], "sweeps"), Path(given["out"]))
+            results.run(_ids(given["sweeps"], "sweeps"), _out(given))
         elif entry_point == "reap":
             from longtail_experts.stages import reap
 
@@ -435,6 +443,12 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
     except (RunError, DataError) as error:
         return _complain(error, 2)
     return 0
+
+
+def _out(given: dict[str, str]) -> Path:
+    if not given["out"].strip():
+        raise ConfigError("out='': give a path to write to")
+    return Path(os.path.expanduser(given["out"]))
 
 
 def _swept(given: dict[str, str]) -> str | None:

@@ -6,6 +6,7 @@ are written `96,192,224`; off is `none`.
 
 import difflib
 import hashlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -192,11 +193,11 @@ class Config(BaseModel):
     @field_validator("data_dir")
     @classmethod
     def _utf8(cls, value: str | None) -> str | None:
-        if value is not None and (
-            "\0" in value or value != value.encode(errors="replace").decode()
-        ):
+        if value is None:
+            return None
+        if "\0" in value or value != value.encode(errors="replace").decode():
             raise ValueError("must be UTF-8 text without null characters")
-        return value
+        return os.path.expanduser(value)
 
     @field_validator("milestones", mode="before")
     @classmethod

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
@@ -580,6 +581,17 @@ def test_literature_trains_on_the_whole_pool_and_tests_on_everything(cifar, reci
     assert list(about["splits"]) == ["train", "test_balanced"]
     assert (about["protocol"], about["subset_rule"]) == ("literature", "own")
     assert splits.sha256 != recipe.splits.sha256
+
+
+@pytest.mark.parametrize(("counts", "is_refused"), [([20, 30], False), ([20, 31], True)])
+def test_literature_needs_test_images_that_are_about_balanced(counts, is_refused):
+    """Under another prior than that of its images T is no maximum of their likelihood."""
+    images = blank_images(np.arange(100) % 2, np.repeat([0, 1], counts), 2, largest_class=50)
+    expected = nullcontext()
+    if is_refused:
+        expected = pytest.raises(DataError, match="protocol=literature: the test images are 20 to")
+    with expected:
+        make_splits(images, **LITERATURE | {"imbalance_factor": 2})
 
 
 def test_cifar10_lt_by_the_same_code():

@@ -310,8 +310,9 @@ def test_what_cannot_be_compared_is_said_in_one_line(experts_copy, arguments, sa
     assert len(all_runs()) == before
 
 
-def labels(*names: tuple[str, str, str]) -> list[str]:
-    return distinct_labels(names, [letter * 32 for letter in "abcdef"[: len(names)]])
+def labels(*names: tuple[str, str, str], knob: str = "tau") -> list[str]:
+    described = [(loss, {knob: value} if value else {}, seed) for loss, value, seed in names]
+    return distinct_labels(described, [letter * 32 for letter in "abcdef"[: len(names)]])
 
 
 def test_labels_are_distinct_and_no_longer_than_needed():
@@ -319,6 +320,12 @@ def test_labels_are_distinct_and_no_longer_than_needed():
     assert labels(("ce", "", "0"), ("ce", "", "1")) == ["ce seed 0", "ce seed 1"]
     same = labels(("ce", "", "0"), ("ce", "", "0"), ("ce", "", "1"))
     assert same == ["ce aaaaaa", "ce bbbbbb", "ce seed 1"]
+
+
+def test_any_knob_that_tells_experts_apart_is_in_their_labels():
+    """Not the seed alone, as if it were what tells them apart."""
+    told = labels(("focal", "0.5", "0"), ("focal", "2", "1"), ("ce", "", "0"), knob="gamma")
+    assert told == ["focal gamma 0.5", "focal gamma 2", "ce"]
 
 
 def test_a_family_by_tau_is_labelled_by_it():

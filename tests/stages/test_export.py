@@ -1,6 +1,9 @@
 """The tree that AR-GSE reads: names, dtypes, shapes, row order."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -200,11 +203,50 @@ def test_of_which_run_each_expert_is_stands_beside_its_logits(finished, tmp_path
         }
     assert not runs
 
-    path.write_text('{"ce_baseline": {"run_id": "another"}, "balsoftmax_baseline": "?"}')
+    path.write_text('{"ce_baseline": {"run_id": "another"}, "logitadjust_baseline": "?"}')
     assert export_and_read("ce")["ce_baseline"]["run_id"] == finished["ce"]
     assert "ce_baseline of run another is replaced" in caplog.text
+    assert "logitadjust_baseline, of a run that runs.json does not name, stays" in caplog.text
     path.write_text("not JSON")
     assert list(export_and_read("ce")) == ["ce_baseline"]
+    assert "ce_baseline, of a run that runs.json does not name, is replaced" in caplog.text
+
+
+def test_exports_at_the_same_time_come_one_after_another(finished, tmp_path, monkeypatch):
+    """Else each could find the folder empty, and the later one's rows lie beside the other's."""
+    out, written = tmp_path / "out", export.write_files
+    both = threading.Barrier(2, timeout=1)  # seconds; none comes while the other is here
+
+    def wait_and_write(*arguments):
+        with suppress(threading.BrokenBarrierError):
+            both.wait()
+        written(*arguments)
+
+    monkeypatch.setattr(export, "write_files", wait_and_write)
+    with ThreadPoolExecutor(2) as threads:
+        losses = ("ce", "logit_adjust")
+        list(threads.map(lambda loss: export.run([finished[loss]], out), losses))
+    assert both.broken
+    runs = json.loads((out / "outputs/logits/images_natural/runs.json").read_text())
+    assert {run["run_id"] for run in runs.values()} == {finished[loss] for loss in losses}
+
+
+def test_a_temperature_at_the_bound_is_said_to_be_no_estimate(experts_copy, tmp_path, caplog):
+    MlflowClient().log_metric(experts_copy["ce"], "temperature_at_bound", 1, step=10**6)
+    export.run([experts_copy["ce"]], tmp_path / "out")
+    assert f"run {experts_copy['ce']}: T = " in caplog.text
+    assert "is at the bound of the search" in caplog.text
+
+
+def test_out_is_where_a_shell_would_have_it(finished, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["export", "--run_ids", finished["ce"], "--out", "~/out"]) == 0
+    assert f"written below {tmp_path / 'out'}" in capfd.readouterr().out
+    assert (tmp_path / "out/outputs").is_dir()
+    for out, says in (("", "out='': give a path"), (300 * "x", "File name too long")):
+        assert main(["export", "--run_ids", finished["ce"], "--out", out]) == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert says in line
 
 
 def test_torchvisions_order_is_not_that_of_an_export_with_another(tmp_path):

@@ -196,6 +196,16 @@ def test_short_is_what_is_shorter_than_the_recipe(store, config, fields, says):
     assert told == says.replace("DEMO", of_demo)
 
 
+def test_how_long_the_recipe_was_is_what_the_sweep_recorded(store):
+    """Not what a file of that name says where `results` is typed, if there is one."""
+    sweep = add_sweep(store, grid="config: sub/long.yaml\ngrid: {seed: [0]}")
+    MlflowClient().set_tag(sweep, "recipe_epochs", '{"experts": 600}')
+    add_trial(store, sweep, figures(0.4), epochs=300)
+    text = results(sweep)
+    assert "short schedule (300 of 600 epochs)" in text
+    assert "config: sub/long.yaml" in text
+
+
 def test_each_sweep_has_its_part_and_its_figure(short, store):
     other = add_sweep(store)
     add_trial(store, other, figures(0.4), splits="l" * 64, extra=LITERATURE, epochs=200)

@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from reliability.harness import Training, journal_lines, wait_until
 
 from longtail_experts.cli import main
-from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError
+from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError, load_config
 from longtail_experts.stages.grid import MOST_TRIALS, points_of, read_sweep
 
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -47,9 +47,21 @@ def test_trials_are_the_product_of_the_grid(tmp_path):
     file = write(tmp_path, fixed={"epochs": 7, "lr": 0.1}, grid=grid)
     points = points_of(read_sweep(file, {"lr": "0.3"}))
     found = [(p.config.loss, p.config.tau, p.config.milestones) for p in points]
-    assert found == list(product(["ce", "logit_adjust"], [0, 1.5], [(3, 5), ()]))
+    losses = [("ce", 1.0), ("logit_adjust", 0), ("logit_adjust", 1.5)]  # ce has no tau
+    assert found == [(*loss, m) for loss, m in product(losses, [(3, 5), ()])]
     assert {(p.config.epochs, p.config.lr) for p in points} == {(7, 0.3)}
     assert points[-1].fields == {"loss": "logit_adjust", "tau": "1.5", "milestones": "none"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "trials"),
+    [
+        ({"loss": ["focal", "ldam_drw"], "gamma": [1, 2], "beta": [0.9, 0.99]}, 4),
+        ({"imbalance_profile": ["natural", "exp"], "imbalance_factor": [10, 50, 100]}, 4),
+    ],
+)
+def test_what_a_training_does_not_look_at_trains_nothing_twice(tmp_path, grid, trials):
+    assert len(points_of(read_sweep(write(tmp_path, grid=grid), {}))) == trials
 
 
 def test_a_grid_may_vary_the_recipe(tmp_path):
@@ -220,6 +232,8 @@ def swept_store(swept, monkeypatch) -> dict:
 def test_a_failing_trial_is_tried_twice_and_stops_no_other(swept_store):
     parent = MlflowClient().get_run(swept_store["parent"])
     assert (swept_store["code"], parent.info.status) == (1, "FAILED")
+    full_recipe = load_config("cifar100_lt", {})
+    assert json.loads(parent.data.tags["recipe_epochs"]) == {"experts": full_recipe.epochs}
     trials = trials_of(swept_store["parent"])
     states = {fields: trial["state"] for fields, trial in trials.items()}
     assert states == {

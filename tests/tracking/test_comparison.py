@@ -200,11 +200,36 @@ def test_reliability_is_that_of_probabilities_at_one_and_at_the_temperature(depl
     assert list(panels) == [f"expert {n} on {split}" for n in (1, 2, 3)]
     for one, panel in zip(MEMBERS, panels.values(), strict=True):
         own = one.expert.temperature
-        assert list(panel) == ["T = 1", f"T = {own:.2f}"]
+        bound = " (bound)" if one is MEMBERS[2] else ""
+        assert list(panel) == ["T = 1", f"T = {own:.2f}{bound}"]
         for bins, temperature in zip(panel.values(), (1.0, own), strict=True):
             probabilities = softmax(scores_under(one.expert, split, q, temperature), axis=1)
             targets = torch.tensor(one.expert.splits[split].targets)
             assert bins == pytest.approx(reliability(torch.tensor(probabilities), targets))
+
+
+def test_what_is_cross_fitted_or_approximate_is_said_to_be():
+    halves = {"temperature_half_0": 2.0, "temperature_half_1": 4.0}
+    facts = {"protocol": "literature", "split_seed": "0"}
+    one = dataclasses.replace(member(4, **halves), facts=facts, loss="focal")
+    assert comparison.name_of_temperature(one, "test_balanced") == "T cross-fitted"
+    for members, says in ((MEMBERS, False), ([*MEMBERS, one], True)):
+        words = comparison_report.how_to_read(members, None)
+        assert ("each used on the other" in words) is says
+        assert ("no constant makes the logits of focal a log-posterior" in words) is says
+
+
+def test_nothing_is_the_best_across_different_images():
+    marked = comparison_report.expert_rows(MEMBERS)
+    assert any(row.best for row in marked)
+    plain = comparison_report.expert_rows(MEMBERS, marks=False)
+    assert not any(row.best for row in plain)
+    assert [(r.name, r.cells) for r in plain] == [(r.name, r.cells) for r in marked]
+    together = comparison.together(MEMBERS, "uniform")
+    for result, is_marked in ((together, True), (None, False)):
+        experts = comparison_report.described(MEMBERS, result, {})[0]
+        assert any(row.best for row in experts.rows) is is_marked
+        assert ("The best of a row is marked." in experts.words) is is_marked
 
 
 def test_other_targets_under_the_same_hash_are_refused():

@@ -69,3 +69,9 @@ def test_a_temperature_where_the_search_ends_is_no_estimate(at_bound):
     found = {"temperature": 54.6, "temperature_low": 18.7, "temperature_high": 54.6}
     text = calibration_markdown({**found, "temperature_at_bound": float(at_bound)})
     assert ("at the bound of the search" in text) == at_bound
+    assert ("of which an end is the bound of the search" in text) != at_bound
+
+
+def test_an_interval_within_the_search_is_one():
+    found = {"temperature": 2.0, "temperature_low": 0.02, "temperature_high": 54.0}
+    assert "bound" not in calibration_markdown(found)

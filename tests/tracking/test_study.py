@@ -78,6 +78,23 @@ def test_seeds_and_where_it_ran_make_no_group():
     assert "data_dir" not in facts
 
 
+def test_natural_counts_have_no_imbalance_factor():
+    natural = {"source": "images", "imbalance_profile": "natural"}
+    trials = [trial(imbalance_factor=10, **natural), trial(imbalance_factor=50, seed=1, **natural)]
+    (group,) = study(*trials).groups
+    assert len(group.trials) == 2
+
+
+@pytest.mark.parametrize(
+    ("differences", "is_marked"),
+    [((0.1, 0.11), True), ((1 / 30, 1 / 30), False), ((6e-17, 5e-17), False), ((0.1, -0.1), False)],
+)
+def test_differences_that_do_not_vary_are_not_marked(differences, is_marked):
+    """Two that are the same are so by chance: classes have few images."""
+    found = interval({("splits", str(i)): value for i, value in enumerate(differences)}, TRAINING)
+    assert study_report.is_apart_from_0(found) is is_marked
+
+
 @pytest.mark.parametrize(
     ("loss", "name", "values"),
     [

@@ -325,7 +325,10 @@ def folder_images(folder: Path) -> ImageData:
         for half in ("train", "test")
     }
     if len(classes["train"]) < 2:
-        raise DataError(f"data_dir={folder}: no train/<class>/ folders of at least two classes")
+        raise DataError(
+            f"data_dir={folder}: no train/<class>/ folders of at least two classes in "
+            f"{folder.absolute()}"
+        )
     if classes["train"] != classes["test"]:
         different = sorted(set(classes["train"]) ^ set(classes["test"]))
         raise DataError(

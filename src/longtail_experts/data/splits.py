@@ -21,6 +21,9 @@ TEST_SPLITS = ("val_lt", "test_lt", "test_balanced")  # indices into the test im
 SPLITS = POOL_SPLITS + TEST_SPLITS
 POOL_PERCENT = (80, 8, 6, 6)
 VAL_LT_PERCENT = 20
+# Images of the largest test class over those of the smallest, up to which the uniform prior is
+# taken for theirs; of CIFAR it is 1, and without val_lt 99 / 80.
+MOST_UNEVEN = 1.5
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ def make_splits(
     if min(test_counts) == 0:
         c = test_counts.index(0)
         raise DataError(f"class {c} ({images.class_names[c]}): no test image present")
+    if protocol == "literature" and max(test_counts) > MOST_UNEVEN * min(test_counts):
+        raise DataError(
+            f"protocol=literature: the test images are {min(test_counts)} to {max(test_counts)} a "
+            "class, but are scored, and T is fitted on them, under the uniform prior; give equally "
+            "many of each, or protocol=experts"
+        )
     if subset_rule == "ldam":
         if images.index_space != "torchvision":
             raise DataError(

@@ -27,7 +27,9 @@ def run(choice: Choice, deployment: str = "uniform", different_splits: bool = Fa
     if same_splits:
         comparison.prior_of_deployment(members[0], deployment)
     name = f"compare {', '.join(m.label for m in members)}"
-    with start_run(name[:200], {"stage": "compare"}) as run_:
+    if deployment != "uniform":
+        name = f"{deployment}: {name}"
+    with start_run(name[:200], {"stage": "compare", "deployment": deployment}) as run_:
         parts = record(run_, members, deployment, same_splits)
         comparison_report.describe_comparison(run_, parts)
     print("\n\n".join(parts))

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from longtail_experts.config import shorten
 from longtail_experts.data.sources import CIFARS, first_line
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.logits import ExpertLogits, read_logits, require_calibrated
-from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
+from longtail_experts.tracking.runs import Run, RunError, host_lock, launched_run, open_run
 
 log = logging.getLogger(__name__)
 
@@ -80,20 +81,24 @@ def run(run_ids: list[str], out: Path) -> None:
         for split in ARGSE_SPLITS:
             targets = first.splits[split].targets.tolist()
             files[f"data/{name}_splits/{split}_targets.json"] = targets
-    _require_same_rows(out, files)
-    path_of_runs = f"outputs/logits/{name}/runs.json"
-    there = _runs_there(out / path_of_runs)
+    of_runs = {}
     for loss, run_ in zip(losses, runs, strict=True):
-        label = f"{ARGSE_NAMES[loss]}_baseline"
-        before = there.get(label)
-        if isinstance(before, dict) and before.get("run_id") != run_.run_id:
-            log.warning("%s of run %s is replaced", label, shorten(before.get("run_id")))
-        of_run = {key: run_.params.get(key) for key in ("seed", "expert_seed", "splits_sha256")}
-        there[label] = {"run_id": run_.run_id, **of_run, "temperature": experts[loss].temperature}
-    files[path_of_runs] = there
-    with launched_run(f"export {name}", {"stage": "export"}):
-        write_files(out, files)
-    print(f"{len(files)} files of {', '.join(losses)} written below {out}")
+        params = {key: run_.params.get(key) for key in ("seed", "expert_seed", "splits_sha256")}
+        temperature = {"temperature": experts[loss].temperature}
+        of_runs[f"{ARGSE_NAMES[loss]}_baseline"] = {"run_id": run_.run_id} | params | temperature
+        if run_.metrics.get("temperature_at_bound"):
+            log.warning(
+                "run %s: T = %.3g is at the bound of the search: no estimate",
+                run_.run_id,
+                experts[loss].temperature,
+            )
+    with host_lock(os.path.realpath(out)):  # what is there is looked at, then added to
+        _require_same_rows(out, files)
+        path_of_runs = f"outputs/logits/{name}/runs.json"
+        files[path_of_runs] = _runs_there(out / path_of_runs, of_runs) | of_runs
+        with launched_run(f"export {name}", {"stage": "export"}):
+            write_files(out, files)
+    print(f"{len(files)} files of {', '.join(losses)} written below {out.absolute()}")
 
 
 def _require_same_rows(out: Path, files: dict[str, Any]) -> None:
@@ -103,26 +108,38 @@ def _require_same_rows(out: Path, files: dict[str, Any]) -> None:
     folder = Path(next(iter(of_data))).parent
     of_data.setdefault(str(folder / "index_space.json"), None)  # None: the order is torchvision's
     for path, content in of_data.items():
-        there = out / path
-        if there.exists():
-            try:
-                is_same = json.loads(there.read_text()) == content
-            except (OSError, ValueError):
-                is_same = False
-            if not is_same:
-                raise RunError(
-                    f"out={out}: {path} is of other images or splits, exported before; give these "
-                    "experts another out"
-                )
+        try:
+            is_same = json.loads((out / path).read_text()) == content
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RunError(f"out={shorten(out)}: cannot be written ({error.strerror})") from None
+        except (ValueError, RecursionError):
+            is_same = False
+        if not is_same:
+            raise RunError(
+                f"out={out}: {path} is of other images or splits, exported before; give these "
+                "experts another out"
+            )
 
 
-def _runs_there(path: Path) -> dict[str, Any]:
-    """What earlier exports to the same place wrote of theirs; {} where that cannot be read."""
+def _runs_there(path: Path, ours: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What earlier exports to the same place wrote of their runs; warns of experts that `ours`
+    replace, and of those whose run is not known."""
     try:
         runs = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
-        return {}
-    return runs if isinstance(runs, dict) else {}
+        runs = {}
+    runs = runs if isinstance(runs, dict) else {}
+    known = {label: of.get("run_id") for label, of in runs.items() if isinstance(of, dict)}
+    for folder in sorted(path.parent.glob("*_baseline")):
+        label = folder.name
+        if label not in known:
+            done = "is replaced" if label in ours else "stays"
+            log.warning("%s, of a run that %s does not name, %s", label, path.name, done)
+        elif label in ours and known[label] != ours[label]["run_id"]:
+            log.warning("%s of run %s is replaced", label, shorten(known[label]))
+    return {label: of for label, of in runs.items() if label in known}
 
 
 def dataset_name(manifest: dict[str, Any]) -> str:

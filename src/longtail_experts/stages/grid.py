@@ -21,6 +21,7 @@ from longtail_experts.config import (
     shorten,
     to_text,
 )
+from longtail_experts.learning.losses import KNOBS_OF
 
 MOST_TRIALS = 10_000
 Whole = Annotated[int, Field(ge=1, le=100_000, strict=True)]
@@ -112,13 +113,14 @@ def points_of(sweep: Sweep) -> list[Point]:
     if number > MOST_TRIALS:
         raise ConfigError(f"grid: {number:,} trials; at most {MOST_TRIALS:,}: leave values out")
     recipes: dict[str, dict[str, Any]] = {}
-    points, seen = [], {}
+    points, seen, trained = [], {}, {}
     for values in itertools.product(*sweep.grid.values()):
         varied = dict(zip(sweep.grid, values, strict=True))
         recipe = str(varied.pop("config", sweep.config))
         if recipe not in recipes:
             recipes[recipe] = make_config(read_recipe(find_recipe(recipe))).model_dump()
-        config = make_config(recipes[recipe] | sweep.fixed | varied)
+        given = make_config(recipes[recipe] | sweep.fixed | varied)
+        config = without_unused(given)
         if config.loss == "all":
             where = "in the grid, loss" if "loss" in varied else "under `grid:`, loss"
             raise ConfigError(
@@ -126,13 +128,23 @@ def points_of(sweep: Sweep) -> list[Point]:
             )
         texts = config.as_text() | {"config": recipe}
         point = Point({name: texts[name] for name in sweep.grid}, config)
-        twin = seen.setdefault((config.sha256, config.data_dir), point)
+        twin = seen.setdefault((given.sha256, given.data_dir), point)
         if twin is not point:
             raise ConfigError(
                 f"grid: two trials are the same ({twin.label}; {point.label}): leave one out"
             )
-        points.append(point)
+        if trained.setdefault((config.sha256, config.data_dir), point) is point:
+            points.append(point)
     return points
+
+
+def without_unused(config: Config) -> Config:
+    """The same training with fields at their defaults that it does not look at, so that a grid
+    over tau trains ce once."""
+    unused = {knob for knobs in KNOBS_OF.values() for knob in knobs} - set(KNOBS_OF[config.loss])
+    if config.imbalance_profile == "natural":
+        unused.add("imbalance_factor")
+    return config.replace(**{name: Config.model_fields[name].default for name in unused})
 
 
 def _require_flat(values: Mapping[Any, Any], what: str) -> None:

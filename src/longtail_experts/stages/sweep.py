@@ -103,7 +103,9 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
             stack.enter_context(cluster(LOCAL, sweep.cpus_per_trial))
         name = f"sweep {sweep.config} over {', '.join(sweep.grid)}"
         synthetic = any(job.config.source == "synthetic" for job in jobs)
-        with sweeps.start_sweep_run(name, sweep_sha256, synthetic, existing) as parent:
+        with sweeps.start_sweep_run(
+            name, sweep.model_dump(), sweep_sha256, synthetic, existing
+        ) as parent:
             parent.write_text("sweep.yaml", sweep.to_yaml())
             try:
                 drive(parent, jobs, left, sweep, gpus)

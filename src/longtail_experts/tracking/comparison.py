@@ -20,6 +20,7 @@ from longtail_experts.learning.evaluation import (
     evaluate_scores,
     posthoc_accuracies,
 )
+from longtail_experts.learning.losses import KNOBS_OF
 from longtail_experts.learning.metrics import (
     balanced_accuracy_standard_error,
     per_class_recall,
@@ -163,7 +164,7 @@ def read_members(runs: Sequence[Run]) -> list[Member]:
     for run_id, times in Counter(ids).items():
         if times > 1:
             raise RunError(f"run_ids: {run_id} is given {times} times")
-    labels = distinct_labels([(c.loss, tau_of(c), str(c.seed)) for c in configs], ids)
+    labels = distinct_labels([(c.loss, knobs_of(c), str(c.seed)) for c in configs], ids)
     members = []
     for run, config, tag, label in zip(runs, configs, tags, labels, strict=True):
         try:
@@ -194,23 +195,32 @@ def read_members(runs: Sequence[Run]) -> list[Member]:
     return members
 
 
-def tau_of(config: Config) -> str:
-    """tau where the loss has one; the others are the same expert at any tau."""
-    return to_text(config.tau) if config.loss == "logit_adjust" else ""
+def knobs_of(config: Config) -> dict[str, str]:
+    """Those that the loss has; it is the same expert at any value of the others."""
+    return {knob: to_text(getattr(config, knob)) for knob in KNOBS_OF[config.loss]}
 
 
-def distinct_labels(names: Sequence[tuple[str, str, str]], run_ids: Sequence[str]) -> list[str]:
-    """(loss, tau, seed) as `loss`, with tau, the seed, or else a part of the run id, where that
-    is not enough."""
-    taus = {loss: {tau for other, tau, _ in names if other == loss} for loss, _, _ in names}
-    with_tau = [f"{loss} tau {tau}" if len(taus[loss]) > 1 else loss for loss, tau, _ in names]
-    experts, seeds = Counter(with_tau), Counter(zip(with_tau, names, strict=True))
+def distinct_labels(
+    names: Sequence[tuple[str, Mapping[str, str], str]], run_ids: Sequence[str]
+) -> list[str]:
+    """(loss, knobs, seed) as `loss`, with the knobs that differ, the seed, or else a part of the
+    run id, where that is not enough."""
+    values: dict[tuple[str, str], set[str]] = {}
+    for loss, knobs, _ in names:
+        for knob, value in knobs.items():
+            values.setdefault((loss, knob), set()).add(value)
+    with_knobs = [
+        " ".join([loss, *(f"{k} {v}" for k, v in knobs.items() if len(values[loss, k]) > 1)])
+        for loss, knobs, _ in names
+    ]
+    of_seed = list(zip(with_knobs, (seed for *_, seed in names), strict=True))
+    experts, seeds = Counter(with_knobs), Counter(of_seed)
     labels = []
-    for label, name, run_id in zip(with_tau, names, run_ids, strict=True):
+    for (label, seed), run_id in zip(of_seed, run_ids, strict=True):
         if experts[label] == 1:
             labels.append(label)
-        elif seeds[label, name] == 1:
-            labels.append(f"{label} seed {name[-1]}")
+        elif seeds[label, seed] == 1:
+            labels.append(f"{label} seed {seed}")
         else:
             labels.append(f"{label} {run_id[:6]}")
     return labels
@@ -336,12 +346,16 @@ def reliability_panels(
         q = prior_of_deployment(member, deployment)
         panels[f"{member.label} on {split}"] = {
             label: reliability(member.scores(split, q, t).softmax(1), member.targets(split))
-            for label, t in (
-                ("T = 1", 1.0),
-                (f"T = {member.expert.temperature:.2f}", None),
-            )
+            for label, t in (("T = 1", 1.0), (name_of_temperature(member, split), None))
         }
     return panels
+
+
+def name_of_temperature(member: Member, split: str) -> str:
+    if isinstance(member.temperature_on(split), Tensor):
+        return "T cross-fitted"
+    bound = " (bound)" if member.metrics.get("temperature_at_bound") else ""
+    return f"T = {member.expert.temperature:.2f}{bound}"
 
 
 def differences(members: Sequence[Member]) -> dict[str, list[str]]:

@@ -84,8 +84,9 @@ def row(
 # --- tables -----------------------------------------------------------------------------------
 
 
-def expert_rows(members: Sequence[Member]) -> list[Row]:
-    """What the runs recorded: argmax f, adjusted, scores before and after T; best values marked."""
+def expert_rows(members: Sequence[Member], marks: bool = True) -> list[Row]:
+    """What the runs recorded: argmax f, adjusted, scores before and after T; best values marked
+    where `marks` says that they are of the same images."""
 
     def of(key: str) -> list[float | None]:
         return [m.metrics.get(key) for m in members]
@@ -122,7 +123,8 @@ def expert_rows(members: Sequence[Member]) -> list[Row]:
         ("of which training steps", [m.training_seconds for m in members]),
     ):
         rows.append(row(name, [s / 60 for s in seconds], lambda v: f"{v:.1f}", None))
-    return [r for r in rows if any(cell != "-" for cell in r.cells)]
+    found = [r for r in rows if any(cell != "-" for cell in r.cells)]
+    return found if marks else [Row(r.name, r.cells, set()) for r in found]
 
 
 def ensemble_rows(result: Together) -> list[Row]:
@@ -330,6 +332,18 @@ def record_comparison(
     return parts
 
 
+def how_to_read(members: Sequence[Member], result: Together | None) -> str:
+    words = []
+    if result is not None:
+        words.append("The best of a row is marked.")
+    if any(member.facts.get("protocol") == "literature" for member in members):
+        words.append(report.CROSS_FITTED)
+    approximate = report.approximate_among(dict.fromkeys(member.loss for member in members))
+    if approximate:
+        words.append(report.approximation_notice(approximate))
+    return " ".join(words)
+
+
 def described(
     members: Sequence[Member], result: Together | None, posthoc: Posthoc
 ) -> list[Section]:
@@ -341,9 +355,9 @@ def described(
             "Accuracies are of argmax f, which T does not touch: over images in the first row of "
             "a split, below it means over classes ± standard error of the test images. Adjusted "
             "ones, NLL and ECE are of the calibrated scores under the split's own deployment "
-            "prior. The best of a row is marked.",
+            f"prior. {how_to_read(members, result)}",
             ("measure", *labels),
-            expert_rows(members),
+            expert_rows(members, marks=result is not None),
         )
     ]
     if result is None:

@@ -14,6 +14,7 @@ from longtail_experts.config import MLFLOW_RUN, Config, make_config, parse_recip
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
+from longtail_experts.data.splits import MOST_UNEVEN
 from longtail_experts.learning.calibration import deployment_scores
 from longtail_experts.learning.evaluation import deployment_priors
 from longtail_experts.learning.losses import LOSSES
@@ -367,7 +368,7 @@ def uneven_notice(class_counts: Tensor) -> str:
     """Of test images whose classes are too unequal for the uniform prior to be theirs: CIFAR's
     without val_lt are 80 to 99 a class."""
     least, most = int(class_counts.min()), int(class_counts.max())
-    if most <= 1.5 * least:
+    if most <= MOST_UNEVEN * least:
         return ""
     return (
         f"\n\n**Uneven:** the classes of test_balanced have {least:,} to {most:,} images. NLL, "

@@ -3,10 +3,17 @@
 import html
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from longtail_experts.learning.calibration import LOG_T_BOUND
+from longtail_experts.learning.losses import LOSSES
+
 LONGEST_DESCRIPTION = 8000  # characters that MLflow keeps of a tag
+CROSS_FITTED = (
+    "Under protocol literature there is no calibration split: T is fitted on the test images, and "
+    "calibrated scores are of T cross-fitted in two halves of them, each used on the other."
+)
 ENDINGS = ("_uncalibrated", "")
 ACCURACIES = ("accuracy", "balanced", "head", "tail", "many", "medium", "few", "adjusted balanced")
 
@@ -147,8 +154,25 @@ def calibration_markdown(metrics: Mapping[str, float]) -> str:
 
 
 def at_bound_notice(metrics: Mapping[str, float]) -> str:
-    """Of a T that is where the search ends, so that neither it nor its interval is an estimate."""
-    return " at the bound of the search" if metrics.get("temperature_at_bound") else ""
+    """Of a T that is where the search ends, so that neither it nor its interval is an estimate; or
+    of an end of the interval that is."""
+    if metrics.get("temperature_at_bound"):
+        return " at the bound of the search"
+    ends = (metrics[f"temperature_{end}"] for end in ("low", "high"))
+    if any(abs(math.log(end)) > LOG_T_BOUND - 1e-6 for end in ends if end > 0):
+        return ", of which an end is the bound of the search"
+    return ""
+
+
+def approximate_among(losses: Iterable[str]) -> list[str]:
+    return [loss for loss in losses if loss in LOSSES and not LOSSES[loss].is_exact]
+
+
+def approximation_notice(losses: Iterable[str]) -> str:
+    return (
+        f"Approximate: no constant makes the logits of {', '.join(losses)} a log-posterior; "
+        "adjusted accuracies, NLL and ECE of these use the nearest one."
+    )
 
 
 def fitting(parts: Sequence[str], more: str) -> str:

@@ -1,7 +1,7 @@
 """docs/results.md: sweeps beside published figures, in words and tables."""
 
+import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from longtail_experts.config import MLFLOW_RUN, ConfigError, load_config, make_config
+from longtail_experts.config import MLFLOW_RUN, ConfigError, make_config
 from longtail_experts.tracking import report
 from longtail_experts.tracking.comparison import WHERE_TRAINED
 from longtail_experts.tracking.comparison_report import markdown, plain
@@ -31,6 +31,7 @@ from longtail_experts.tracking.study_report import (
     shortened,
     summary,
 )
+from longtail_experts.tracking.sweeps import RECIPE_EPOCHS, full_epochs
 
 FULL_EPOCHS = {"experts": 256, "literature": 200}  # of the recipe of each protocol
 DATASETS = {"cifar100": "CIFAR-100-LT", "cifar10": "CIFAR-10-LT"}
@@ -70,7 +71,7 @@ def read_setting(study: Study) -> Setting:
         content = None
     grid = without_folders(content) if isinstance(content, dict) else {}
     shown = yaml.safe_dump(grid, sort_keys=False, default_flow_style=None) if grid else ""
-    return Setting(sweep_id, shown.strip(), sizes_of(study), full_epochs(grid))
+    return Setting(sweep_id, shown.strip(), sizes_of(study), epochs_of_recipes(sweep, content))
 
 
 def without_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,25 +83,20 @@ def without_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
             return [shown(name, one) for one in value]
         if isinstance(value, dict):
             return {of: shown(of, one) for of, one in value.items()}
-        if name == "config":
+        if name == "config" and PurePath(str(value)).is_absolute():
             return PurePath(str(value)).name
         return "<images>" if name == "data_dir" and value not in (None, "none") else value
 
     return shown("", dict(sweep))
 
 
-def full_epochs(sweep: Mapping[str, Any]) -> dict[str, int]:
-    """Of the longest recipe that a sweep names, by protocol; {} where it names none of ours."""
-    grid = sweep.get("grid")
-    named = grid.get("config") if isinstance(grid, dict) else None
-    found: Counter = Counter()
-    for name in named or [sweep.get("config")]:
-        try:
-            recipe = load_config(str(name), {})
-        except ConfigError:
-            continue
-        found |= Counter({recipe.protocol: recipe.epochs})
-    return dict(found)
+def epochs_of_recipes(sweep: Run, content: Any) -> dict[str, int]:
+    """As the sweep recorded them; of an older one, by the recipes that are here under the names
+    that it gives."""
+    try:
+        return {str(k): int(v) for k, v in json.loads(sweep.tags[RECIPE_EPOCHS]).items()}
+    except (LookupError, AttributeError, TypeError, ValueError):
+        return full_epochs(content) if isinstance(content, dict) else {}
 
 
 def sizes_of(study: Study) -> dict[str, int]:

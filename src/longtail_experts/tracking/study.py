@@ -93,11 +93,10 @@ class Trial:
     def settings(self) -> dict[str, str]:
         """What decides it beside chance."""
         knobs = KNOBS_OF.get(self.loss, KNOBS)  # of a loss that is unknown here, every knob counts
-        return {
-            name: value
-            for name, value in self.fields.items()
-            if name not in (*CHANCE, *NOT_A_DIFFERENCE) and (name in knobs or name not in KNOBS)
-        }
+        without = {*CHANCE, *NOT_A_DIFFERENCE, *KNOBS} - set(knobs)
+        if self.fields["imbalance_profile"] == "natural":  # which has no such factor
+            without.add("imbalance_factor")
+        return {name: value for name, value in self.fields.items() if name not in without}
 
     @property
     def facts(self) -> dict[str, str]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from longtail_experts.learning.losses import LOSSES
 from longtail_experts.learning.statistics import Interval
 from longtail_experts.tracking import report, study_figures
 from longtail_experts.tracking.comparison_report import (
@@ -56,7 +55,8 @@ PAIRED = (
 MEASURED = (
     "Accuracies are in percent, of argmax f: means over classes, overall: over images; adjusted is "
     "of the calibrated scores under the split's own deployment prior, as are NLL (nats) and ECE "
-    "(15 bins) at T = 1 and calibrated. One training has no interval."
+    "(15 bins) at T = 1 and calibrated. One training has no interval; one of two or three may "
+    "reach beyond what is possible, which says that there are too few."
 )
 
 
@@ -89,6 +89,11 @@ def calibration_on(split: str) -> list[Measure]:
 
 
 # --- tables -----------------------------------------------------------------------------------
+
+
+def is_apart_from_0(of: Interval) -> bool:
+    """Not where all values are the same, but for rounding: that they do not vary is chance."""
+    return of.is_known and of.half_width > 1e-9 and not of.low <= 0 <= of.high
 
 
 def show(found: Interval | None, measure: Measure, num_trials: int, signed: bool = False) -> str:
@@ -134,7 +139,7 @@ def tabulated(
         marked = {
             number + 1
             for number, of in enumerate(of_group)
-            if signed and of and of.is_known and not of.low <= 0 <= of.high
+            if signed and of and is_apart_from_0(of)
         }
         rows.append(Row(group.label, [count(num_trials, num_splits), *cells], marked))
     return header, rows
@@ -203,12 +208,9 @@ def shortened(name: str, value: str) -> str:
 def how_to_read(study: Study) -> str:
     words = [*map(HOW_TO_READ.get, study.kinds), PAIRED, MEASURED]
     losses = dict.fromkeys(group.loss for group in study.groups)
-    approximate = [loss for loss in losses if loss in LOSSES and not LOSSES[loss].is_exact]
+    approximate = report.approximate_among(losses)
     if approximate:
-        words.append(
-            f"Approximate: no constant makes the logits of {', '.join(approximate)} a "
-            "log-posterior; adjusted accuracies, NLL and ECE of these use the nearest one."
-        )
+        words.append(report.approximation_notice(approximate))
     return "\n".join(f"- {line}" for line in words)
 
 
@@ -391,13 +393,16 @@ def record_study(run: Run, study: Study) -> list[str]:
     whose description opens with the first table; returns the report in parts."""
     title, notice = f"Study of {study.name}", notice_of(study)
     sections = sections_of(study)
+    how = how_to_read(study)
+    if any(trial.fields["protocol"] == "literature" for trial in study.trials):
+        how += f"\n- {report.CROSS_FITTED}"
     with tempfile.TemporaryDirectory() as scratch:
         picture = draw(study, title, Path(scratch) / PICTURE)
         run.upload(Path(scratch) / PICTURE, FOLDER)
-        reading = Section("How to read", how_to_read(study).replace("\n- ", " ")[2:], (), ())
+        reading = Section("How to read", how.replace("\n- ", " ")[2:], (), ())
         page = html_page(title, notice, [*sections, reading], [picture], Path(scratch))
     parts = markdown(plain(title), notice, sections)
-    parts[0] = f"{parts[0]}\n\n{summary(study)}\n\n{how_to_read(study)}"
+    parts[0] = f"{parts[0]}\n\n{summary(study)}\n\n{how}"
     run.write_text(f"{FOLDER}/report.md", "\n\n".join(parts) + "\n")
     run.write_text(f"{FOLDER}/table.tex", as_latex(sections))
     run.write_text(f"{FOLDER}/table.csv", as_csv(study))
@@ -405,6 +410,6 @@ def record_study(run: Run, study: Study) -> list[str]:
     run.write_text(PAGE, page)
     link = f"[With the figure, on one page]({link_to_artifact(run, PAGE)})"
     first, *others = parts[1:]
-    page_of_run = [f"{notice}{first}", summary(study), link, how_to_read(study), *others]
+    page_of_run = [f"{notice}{first}", summary(study), link, how, *others]
     run.describe(report.fitting(page_of_run, f"More in {FOLDER}/report.md."))
     return parts

@@ -1,13 +1,17 @@
 """A sweep in the store: its run, its trials, and experts that are finished already."""
 
+import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlflow
 
+from longtail_experts.config import ConfigError, load_config
 from longtail_experts.tracking import report, stale
 from longtail_experts.tracking.comparison import experiment_id
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
@@ -27,6 +31,7 @@ from longtail_experts.tracking.runs import (
 Key = tuple[str, str]  # config_sha256, splits_sha256; the code version is always ours
 STATES = ("finished", "found", "running", "waiting", "stopped", "failed")
 PATIENCE_WITH_A_PROCESS = 60.0  # seconds for which one that must be ending is waited for
+RECIPE_EPOCHS = "recipe_epochs"  # a tag: full_epochs, when the sweep began
 FIGURES = ("balanced", "head", "tail", "adjusted balanced")
 
 
@@ -156,11 +161,30 @@ def _runs(experiment: str | None, filter_: str) -> Iterator[mlflow.entities.Run]
 # --- the sweep's run --------------------------------------------------------------------------
 
 
+def full_epochs(sweep: Mapping[str, Any]) -> dict[str, int]:
+    """Of the longest recipe that a sweep names, by protocol; {} where it names none of ours."""
+    grid = sweep.get("grid")
+    named = grid.get("config") if isinstance(grid, dict) else None
+    found: Counter = Counter()
+    for name in named or [sweep.get("config")]:
+        try:
+            recipe = load_config(str(name), {})
+        except ConfigError:
+            continue
+        found |= Counter({recipe.protocol: recipe.epochs})
+    return dict(found)
+
+
 def start_sweep_run(
-    name: str, sweep_sha256: str, synthetic: bool, existing: Run | None
+    name: str,
+    sweep: Mapping[str, Any],
+    sweep_sha256: str,
+    synthetic: bool,
+    existing: Run | None,
 ) -> AbstractContextManager[Run]:
     """A new one, or `existing` once more; named DEMO where a trial is on synthetic images."""
     tags = {"stage": "sweep", "sweep_sha256": sweep_sha256, "code_sha256": code_sha256()}
+    tags[RECIPE_EPOCHS] = json.dumps(full_epochs(sweep))
     tags["demo"] = str(synthetic).lower()
     if existing is not None:
         tags["resumed"] = str(int(existing.tags.get("resumed", "0")) + 1)
