@@ -343,9 +343,9 @@ def test_a_family_by_tau_is_labelled_by_it():
     ]
 
 
-@pytest.mark.parametrize(("loss", "tau"), [("ce", ""), ("logit_adjust", "0.5")])
-def test_only_a_loss_that_has_a_tau_is_labelled_by_it(loss, tau):
-    assert comparison.tau_of(make_config({"loss": loss, "tau": "0.50"})) == tau
+@pytest.mark.parametrize(("loss", "knobs"), [("ce", {}), ("logit_adjust", {"tau": "0.5"})])
+def test_only_a_loss_that_has_a_tau_is_labelled_by_it(loss, knobs):
+    assert comparison.knobs_of(make_config({"loss": loss, "tau": "0.50"})) == knobs
 
 
 def test_names_from_elsewhere_cannot_break_out_of_the_page(experts_copy):
@@ -397,7 +397,7 @@ def test_a_sweep_is_studied_whatever_its_size(store, capsys):
     note = run.data.tags["mlflow.note.content"].replace("&emsp;", "")
     assert note.startswith("### Accuracy on test_balanced, training noise only")
     assert "| logit_adjust | 15 | 40.70 ± 0.25 |" in note  # t(14) s / sqrt(15), s = sqrt(20) / 10
-    assert "| logit_adjust | 15 | **+5.00 ± 0.00** |" in note
+    assert "| logit_adjust | 15 | +5.00 ± 0.00 |" in note
     assert f"/runs/{run.info.run_id}/artifacts/study/index.html" in note
     path = mlflow.artifacts.download_artifacts(
         run_id=run.info.run_id, artifact_path="study/report.md"

@@ -120,12 +120,12 @@ def points_of(sweep: Sweep) -> list[Point]:
         if recipe not in recipes:
             recipes[recipe] = make_config(read_recipe(find_recipe(recipe))).model_dump()
         given = make_config(recipes[recipe] | sweep.fixed | varied)
-        config = without_unused(given)
-        if config.loss == "all":
+        if given.loss == "all":
             where = "in the grid, loss" if "loss" in varied else "under `grid:`, loss"
             raise ConfigError(
                 f"loss=all: a trial is one expert; {where}: [ce, logit_adjust, balanced_softmax]"
             )
+        config = without_unused(given)
         texts = config.as_text() | {"config": recipe}
         point = Point({name: texts[name] for name in sweep.grid}, config)
         twin = seen.setdefault((given.sha256, given.data_dir), point)
