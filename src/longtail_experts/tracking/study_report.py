@@ -48,9 +48,9 @@ HOW_TO_READ = {
 PAIRED = (
     f"Paired differences: of each training, its figure less that of {REFERENCE} with the same seed "
     "on the same splits under the same settings. Marked where they vary and the interval does not "
-    "hold 0, with no allowance for how many there are. Losses draw independently from a seed (expert_seed), so "
-    "that pairs share their splits alone: on one split the interval is a valid one, but which "
-    "trainings are paired is arbitrary, and one without pairs may be narrower."
+    "hold 0, with no allowance for how many there are. Losses draw independently from a seed "
+    "(expert_seed), so that pairs share their splits alone: on one split the interval is a valid "
+    "one, but which trainings are paired is arbitrary, and one without pairs may be narrower."
 )
 MEASURED = (
     "Accuracies are in percent, of argmax f: means over classes, overall: over images; adjusted is "
