@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -294,7 +295,7 @@ def test_bad_value_is_one_line_that_names_field_and_value(name, text):
         ("milestones", [192, 96], "192,96"),
         ("milestones", 96.5, "96.5"),
         ("milestones", {"a": 1}, "{'a': 1}"),
-        ("epochs", [1, 2], "1,2"),
+        ("epochs", [1, 2], "[1, 2]"),
         ("data_dir", 5, "5"),
         ("lr", float("nan"), "nan"),
         ("lr", float("inf"), "inf"),
@@ -547,3 +548,21 @@ def test_names_that_no_file_can_have(name):
 def test_an_integer_too_long_to_print():
     with pytest.raises(ConfigError, match="epochs=a int too long to print"):
         make_config({"epochs": 10**5000})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("epochs: [2]", "epochs=[2]: should be a valid integer"),
+        ("milestones: [5, 3]", "milestones=5,3: must be positive epochs in increasing order"),
+        ("data_dir: 2024", "data_dir=2024: should be a valid string, in quotes"),
+    ],
+)
+def test_a_value_is_shown_as_it_was_given(recipe_file, text, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_config(recipe_file(text), {})
+
+
+def test_home_is_the_users(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert make_config({"data_dir": "~/images"}).data_dir == "/home/someone/images"

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -341,7 +341,10 @@ def _one_line(error: ValidationError, values: Mapping[str, Any]) -> str:
     given = values[name]
     if first["type"] == "literal_error":
         says += nearest(shorten(given), list(get_args(Config.model_fields[name].annotation)))
-    given = to_text(tuple(given)) if isinstance(given, list | tuple) else given
+    if first["type"] == "string_type":
+        says += ", in quotes"
+    if get_origin(Config.model_fields[name].annotation) is tuple and isinstance(given, list):
+        given = to_text(tuple(given))
     return f"{name}={shorten(given)}: {says} ({Config.model_fields[name].description})"
 
 

@@ -197,7 +197,7 @@ def read_members(runs: Sequence[Run]) -> list[Member]:
 
 def knobs_of(config: Config) -> dict[str, str]:
     """Those that the loss has; it is the same expert at any value of the others."""
-    return {knob: to_text(getattr(config, knob)) for knob in KNOBS_OF[config.loss]}
+    return {knob: to_text(getattr(config, knob)) for knob in KNOBS_OF.get(config.loss, ())}
 
 
 def distinct_labels(

@@ -95,7 +95,7 @@ def epochs_of_recipes(sweep: Run, content: Any) -> dict[str, int]:
     that it gives."""
     try:
         return {str(k): int(v) for k, v in json.loads(sweep.tags[RECIPE_EPOCHS]).items()}
-    except (LookupError, AttributeError, TypeError, ValueError):
+    except (LookupError, AttributeError, TypeError, ValueError, OverflowError, RecursionError):
         return full_epochs(content) if isinstance(content, dict) else {}
 
 
