@@ -56,6 +56,7 @@ def run(run_ids: list[str], out: Path) -> None:
             "reads; train with protocol=experts"
         )
     files: dict[str, Any] = {}
+    of_runs = {}
     experts = {loss: read_logits(run_) for loss, run_ in zip(losses, runs, strict=True)}
     for (loss, expert), run_ in zip(experts.items(), runs, strict=True):
         label = f"{ARGSE_NAMES[loss]}_baseline"
@@ -67,6 +68,18 @@ def run(run_ids: list[str], out: Path) -> None:
                 **weights,
                 "temperature": torch.tensor([temperature], dtype=torch.float32),
             }
+        params = run_.params
+        of_runs[label] = {
+            "run_id": run_.run_id,
+            **{key: params.get(key) for key in ("seed", "expert_seed", "splits_sha256")},
+            "temperature": expert.temperature,
+        }
+        if run_.metrics.get("temperature_at_bound"):
+            log.warning(
+                "run %s: T = %.3g is at the bound of the search: no estimate",
+                run_.run_id,
+                expert.temperature,
+            )
     first = next(iter(experts.values()))
     for split in ARGSE_SPLITS:
         files[f"data/{name}_splits/{split}_indices.json"] = first.splits[split].indices.tolist()
@@ -81,17 +94,6 @@ def run(run_ids: list[str], out: Path) -> None:
         for split in ARGSE_SPLITS:
             targets = first.splits[split].targets.tolist()
             files[f"data/{name}_splits/{split}_targets.json"] = targets
-    of_runs = {}
-    for loss, run_ in zip(losses, runs, strict=True):
-        params = {key: run_.params.get(key) for key in ("seed", "expert_seed", "splits_sha256")}
-        temperature = {"temperature": experts[loss].temperature}
-        of_runs[f"{ARGSE_NAMES[loss]}_baseline"] = {"run_id": run_.run_id} | params | temperature
-        if run_.metrics.get("temperature_at_bound"):
-            log.warning(
-                "run %s: T = %.3g is at the bound of the search: no estimate",
-                run_.run_id,
-                experts[loss].temperature,
-            )
     with host_lock(os.path.realpath(out)):  # what is there is looked at, then added to
         _require_same_rows(out, files)
         path_of_runs = f"outputs/logits/{name}/runs.json"

@@ -21,7 +21,7 @@ from longtail_experts.config import (
     shorten,
     to_text,
 )
-from longtail_experts.learning.losses import KNOBS_OF
+from longtail_experts.tracking.study import unused_fields
 
 MOST_TRIALS = 10_000
 Whole = Annotated[int, Field(ge=1, le=100_000, strict=True)]
@@ -141,9 +141,7 @@ def points_of(sweep: Sweep) -> list[Point]:
 def without_unused(config: Config) -> Config:
     """The same training with fields at their defaults that it does not look at, so that a grid
     over tau trains ce once."""
-    unused = {knob for knobs in KNOBS_OF.values() for knob in knobs} - set(KNOBS_OF[config.loss])
-    if config.imbalance_profile == "natural":
-        unused.add("imbalance_factor")
+    unused = unused_fields(config.loss, config.imbalance_profile)
     return config.replace(**{name: Config.model_fields[name].default for name in unused})
 
 

@@ -26,6 +26,7 @@ from longtail_experts.learning.metrics import (
     per_class_recall,
     reliability,
 )
+from longtail_experts.tracking import report
 from longtail_experts.tracking.experts import recorded_config
 from longtail_experts.tracking.logits import ExpertLogits, read_logits, require_calibrated
 from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_run, store_to_read
@@ -352,10 +353,9 @@ def reliability_panels(
 
 
 def name_of_temperature(member: Member, split: str) -> str:
-    if isinstance(member.temperature_on(split), Tensor):
-        return "T cross-fitted"
-    bound = " (bound)" if member.metrics.get("temperature_at_bound") else ""
-    return f"T = {member.expert.temperature:.2f}{bound}"
+    temperature = member.temperature_on(split)
+    is_at_bound = isinstance(temperature, float) and member.metrics.get("temperature_at_bound")
+    return report.name_of_temperature(temperature) + (" (bound)" if is_at_bound else "")
 
 
 def differences(members: Sequence[Member]) -> dict[str, list[str]]:

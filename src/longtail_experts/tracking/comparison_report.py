@@ -124,7 +124,7 @@ def expert_rows(members: Sequence[Member], marks: bool = True) -> list[Row]:
     ):
         rows.append(row(name, [s / 60 for s in seconds], lambda v: f"{v:.1f}", None))
     found = [r for r in rows if any(cell != "-" for cell in r.cells)]
-    return found if marks else [Row(r.name, r.cells, set()) for r in found]
+    return found if marks else [r._replace(best=set()) for r in found]
 
 
 def ensemble_rows(result: Together) -> list[Row]:
@@ -338,9 +338,8 @@ def how_to_read(members: Sequence[Member], result: Together | None) -> str:
         words.append("The best of a row is marked.")
     if any(member.facts.get("protocol") == "literature" for member in members):
         words.append(report.CROSS_FITTED)
-    approximate = report.approximate_among(dict.fromkeys(member.loss for member in members))
-    if approximate:
-        words.append(report.approximation_notice(approximate))
+    if approximate := report.approximations(dict.fromkeys(member.loss for member in members)):
+        words.append(approximate)
     return " ".join(words)
 
 

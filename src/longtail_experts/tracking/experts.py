@@ -319,7 +319,7 @@ def record_figures(
     """Learning curves, and reliability before and after the temperature (one, or one a row)."""
     record_curves(run, data)
     deployment = deployment_priors(data.targets_if_any("test_lt"), data.num_classes)
-    after = f"T = {temperature:.2f}" if isinstance(temperature, float) else "T cross-fitted"
+    after = report.name_of_temperature(temperature)
     panels = {
         f"{split} under {PRIOR_OF[split]}": {
             label: reliability(

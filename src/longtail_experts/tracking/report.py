@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from longtail_experts.learning.calibration import LOG_T_BOUND
 from longtail_experts.learning.losses import LOSSES
 
@@ -164,14 +166,19 @@ def at_bound_notice(metrics: Mapping[str, float]) -> str:
     return ""
 
 
-def approximate_among(losses: Iterable[str]) -> list[str]:
-    return [loss for loss in losses if loss in LOSSES and not LOSSES[loss].is_exact]
+def name_of_temperature(temperature: float | Tensor) -> str:
+    """Of one T, or of one for each row."""
+    return f"T = {temperature:.2f}" if isinstance(temperature, float) else "T cross-fitted"
 
 
-def approximation_notice(losses: Iterable[str]) -> str:
+def approximations(losses: Iterable[str]) -> str:
+    """Which of these have no exact offset; empty where all have."""
+    approximate = [loss for loss in losses if loss in LOSSES and not LOSSES[loss].is_exact]
+    if not approximate:
+        return ""
     return (
-        f"Approximate: no constant makes the logits of {', '.join(losses)} a log-posterior; "
-        "adjusted accuracies, NLL and ECE of these use the nearest one."
+        f"Approximate: no constant makes the logits of {', '.join(approximate)} a "
+        "log-posterior; adjusted accuracies, NLL and ECE of these use the nearest one."
     )
 
 

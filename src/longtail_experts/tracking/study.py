@@ -62,6 +62,12 @@ IN_LABELS = (*KNOBS, "source", "imbalance_profile", "imbalance_factor", "protoco
 Key = tuple[str, str]  # (splits_sha256, seed)
 
 
+def unused_fields(loss: str, imbalance_profile: str) -> set[str]:
+    """Fields that a training does not look at: it is the same at any value of them."""
+    unused = set(KNOBS) - set(KNOBS_OF.get(loss, KNOBS))  # an unknown loss may have any knob
+    return unused | ({"imbalance_factor"} if imbalance_profile == "natural" else set())
+
+
 @dataclass(frozen=True)
 class Trial:
     """One training, as its run records it."""
@@ -92,10 +98,8 @@ class Trial:
     @property
     def settings(self) -> dict[str, str]:
         """What decides it beside chance."""
-        knobs = KNOBS_OF.get(self.loss, KNOBS)  # of a loss that is unknown here, every knob counts
-        without = {*CHANCE, *NOT_A_DIFFERENCE, *KNOBS} - set(knobs)
-        if self.fields["imbalance_profile"] == "natural":  # which has no such factor
-            without.add("imbalance_factor")
+        unused = unused_fields(self.loss, self.fields["imbalance_profile"])
+        without = {*CHANCE, *NOT_A_DIFFERENCE, *unused}
         return {name: value for name, value in self.fields.items() if name not in without}
 
     @property

@@ -208,9 +208,8 @@ def shortened(name: str, value: str) -> str:
 def how_to_read(study: Study) -> str:
     words = [*map(HOW_TO_READ.get, study.kinds), PAIRED, MEASURED]
     losses = dict.fromkeys(group.loss for group in study.groups)
-    approximate = report.approximate_among(losses)
-    if approximate:
-        words.append(report.approximation_notice(approximate))
+    if approximate := report.approximations(losses):
+        words.append(approximate)
     return "\n".join(f"- {line}" for line in words)
 
 
