@@ -464,10 +464,21 @@ def test_none_in_yaml(recipe_file, text):
     assert load_config(recipe_file(text), {}).early_stopping_patience is None
 
 
+def test_numbers_in_yaml_are_decimal(recipe_file):
+    text = "epochs: 010\nmilestones: [004, 1_0]\nlr: 1e-1\nmomentum: .9\nseed: -0"
+    config = load_config(recipe_file(text), {})
+    assert (config.epochs, config.milestones, config.seed) == (10, (4, 10), 0)
+    assert (config.lr, config.momentum) == (0.1, 0.9)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("epoch: 3", "unknown field 'epoch'; did you mean epochs?"),
+        ("epochs: 0x10", "epochs=0x10: "),
+        ("epochs: 1:30", "epochs=1:30: "),
+        ("lr: 1:30.5", "lr=1:30.5: "),
+        ("lr: .inf", "lr=.inf: "),
         ("epochs: abc", "epochs=abc: "),
         ("lr: yes", "lr=true: not a yes/no field"),
         ("1: 2", "unknown field '1'"),

@@ -99,4 +99,4 @@ def test_what_the_launcher_shows_of_a_refusal(store):
     assert f"error: {reason}\n" in done.stderr
     (run,) = mlflow.search_runs(experiment_names=["tests"], output_format="list")
     assert run.info.status == "FAILED"
-    assert run.data.tags["mlflow.note.content"] == f"**Not started.** {reason}"
+    assert run.data.tags["mlflow.note.content"].startswith(f"**Not started.** {reason}\n")

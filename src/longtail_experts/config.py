@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -388,12 +388,30 @@ def read_text(path: Path, what: str) -> str:
         raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
 
 
+class DecimalLoader(yaml.SafeLoader):
+    """Numbers as on a command line: YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+
+
+def _decimal(number: type) -> Callable[[DecimalLoader, yaml.ScalarNode], Any]:
+    def construct(_: DecimalLoader, node: yaml.ScalarNode) -> Any:
+        try:
+            return number(node.value)
+        except ValueError:  # whoever takes it will say that this is no number
+            return node.value
+
+    return construct
+
+
+DecimalLoader.add_constructor("tag:yaml.org,2002:int", _decimal(int))
+DecimalLoader.add_constructor("tag:yaml.org,2002:float", _decimal(float))
+
+
 def parse_mapping(text: str, what: str) -> dict[Any, Any]:
     """What a YAML file of `name: value` lines holds, however deep."""
     if len(text) > MAX_RECIPE:
         raise ConfigError(f"{what}: longer than {MAX_RECIPE:,} characters")
     try:
-        root, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        root, values = yaml.compose(text, DecimalLoader), yaml.load(text, DecimalLoader)
     except (ValueError, TypeError, OverflowError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
     if not isinstance(values, dict):

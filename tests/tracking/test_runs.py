@@ -17,7 +17,7 @@ from longtail_experts.cli import main
 from longtail_experts.tracking import patience, runs
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.experts import children_of
-from longtail_experts.tracking.runs import Run, RunError, StoreError, open_run, start_run
+from longtail_experts.tracking.runs import NOTE, Run, RunError, StoreError, open_run, start_run
 from longtail_experts.tracking.stale import offer_to_resume
 
 
@@ -27,6 +27,45 @@ def test_params_that_the_launcher_has_logged_are_left_alone(store):
     run = open_run(launched.info.run_id)
     run.log_params({"epochs": "2", "lr": "0.4"})
     assert run.params == {"epochs": "2.0", "lr": "0.4"}
+
+
+def described_after(typed: Callable[[str], str], *pages: str) -> tuple[str, Run]:
+    """The description that someone changed after the first of the pages."""
+    with start_run("a run", {"stage": "data"}) as run:
+        run.describe(pages[0])
+        run.client.set_tag(run.run_id, NOTE, typed(run.tags[NOTE]))
+        for page in pages[1:]:
+            run.describe(page)
+    return run.tags[NOTE], run
+
+
+def test_what_nobody_changed_is_replaced(store):
+    description, _ = described_after(lambda page: page, "| a | b |", "after")
+    assert description.startswith("after\n")
+    assert "| a" not in description
+
+
+@pytest.mark.parametrize("typed", [lambda page: f"{page}\nmy notes\n", lambda page: "my notes"])
+def test_what_someone_typed_into_a_description_stays_below_it(store, typed):
+    description, _ = described_after(typed, "before", "between", "after")
+    assert description.startswith("after\n")
+    assert description.endswith("\n\nmy notes")
+    assert not {"before", "between"} & set(description.split())
+
+
+def test_a_page_that_someone_changed_stays_as_they_left_it(store):
+    description, _ = described_after(lambda page: page.replace("old", "mine"), "old page", "after")
+    assert description.startswith("after\n")
+    assert description.endswith("\n\nmine page")
+
+
+def test_notes_too_long_for_a_description_become_an_artifact(store):
+    notes = "n" * 4000
+    description, run = described_after(lambda page: page + notes, "before", "p" * 4000, "after")
+    assert description.startswith("after\n")
+    assert notes not in description
+    (kept,) = run.client.list_artifacts(run.run_id, "notes")
+    assert run.read_text(kept.path) == f"{notes}\n"
 
 
 def test_where_artifacts_are_is_asked_once_however_many_are_read(store, monkeypatch):

@@ -1,5 +1,6 @@
 """The success checklist, and the words of report.md and of run descriptions."""
 
+import hashlib
 import html
 import math
 import re
@@ -11,7 +12,9 @@ from torch import Tensor
 from longtail_experts.learning.calibration import LOG_T_BOUND
 from longtail_experts.learning.losses import LOSSES
 
-LONGEST_DESCRIPTION = 8000  # characters that MLflow keeps of a tag
+KEPT_OF_A_TAG = 8000  # characters, by MLflow
+LONGEST_DESCRIPTION = KEPT_OF_A_TAG - 30  # of ours, and its signature
+SIGNATURE = re.compile(r"\n\n<!-- ([0-9a-f]{16}) -->")  # at the end of a description of ours
 CROSS_FITTED = (
     "Under protocol literature there is no calibration split: T is fitted on the test images, and "
     "calibrated scores are of T cross-fitted in two halves of them, each used on the other."
@@ -109,6 +112,23 @@ def with_air(markdown: str) -> str:
         line.replace(" | ", " | &emsp;") if line.startswith("| ") and "| ---" not in line else line
         for line in markdown.split("\n")
     )
+
+
+def signed(page: str) -> str:
+    """A description of ours, which `typed_by_hand` knows again by its end; nobody sees that."""
+    return f"{page}\n\n<!-- {digest(page)} -->"
+
+
+def typed_by_hand(description: str) -> str:
+    """What people have written into a description: below ours, or all where they changed ours."""
+    end = SIGNATURE.search(description)
+    if end and end[1] == digest(description[: end.start()]):
+        return description[end.end() :].strip()
+    return SIGNATURE.sub("", description).strip()
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def plain(text: str) -> str:

@@ -40,7 +40,14 @@ from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.patience import PatientClient, patience, patiently
 from longtail_experts.tracking.processes import process_tags
-from longtail_experts.tracking.report import plain, with_air
+from longtail_experts.tracking.report import (
+    KEPT_OF_A_TAG,
+    digest,
+    plain,
+    signed,
+    typed_by_hand,
+    with_air,
+)
 
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -116,7 +123,14 @@ class Run:
         client.log_artifact(self.run_id, str(local), folder)
 
     def describe(self, markdown: str) -> None:
-        self.client.set_tag(self.run_id, NOTE, with_air(markdown))
+        """What people have typed there stays, below; in an artifact where both are too long."""
+        page = signed(with_air(markdown))
+        notes = typed_by_hand(self.tags.get(NOTE, ""))
+        if notes and len(f"{page}\n\n{notes}") <= KEPT_OF_A_TAG:
+            page = f"{page}\n\n{notes}"
+        elif notes:
+            self.write_text(f"notes/{digest(notes)}.md", f"{notes}\n")
+        self.client.set_tag(self.run_id, NOTE, page)
 
     def rename(self, name: str) -> None:
         self.client.update_run(self.run_id, name=name)
@@ -448,7 +462,7 @@ def note_failure(reason: str) -> None:
         if NOTE in tags:
             return
         how = "Failed" if "stage" in tags else "Not started"
-        client.set_tag(run_id, NOTE, f"**{how}.** {plain(reason)}")
+        client.set_tag(run_id, NOTE, signed(f"**{how}.** {plain(reason)}"))
         if "stage" not in tags:
             client.set_tag(run_id, "stage", "refused")
             if GENERATED_NAME.fullmatch(run.info.run_name):
