@@ -392,11 +392,11 @@ def _resume(run_id: str, config_name: str, given: dict[str, str]) -> int:
     from longtail_experts.stages import main as main_stage
     from longtail_experts.stages import resumed
     from longtail_experts.stages import train as train_stage
-    from longtail_experts.tracking.runs import RunError
+    from longtail_experts.tracking.runs import FAILURES
 
     try:
         begun = resumed.open_begun(run_id, asked, compared, given)
-    except (RunError, DataError) as error:
+    except (*FAILURES, DataError) as error:
         return _complain(error, 2)
     if begun is None:
         return 0
@@ -411,7 +411,7 @@ def _resume(run_id: str, config_name: str, given: dict[str, str]) -> int:
 
 def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
     from longtail_experts.data.sources import DataError
-    from longtail_experts.tracking.runs import RunError
+    from longtail_experts.tracking.runs import FAILURES
 
     try:
         if entry_point == "export":
@@ -440,7 +440,7 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
 
             changes = {name: given[name] for name in CALIBRATE_MAY_CHANGE if name in given}
             calibrate.run(given["run_id"], changes)
-    except (RunError, DataError) as error:
+    except (*FAILURES, DataError) as error:
         return _complain(error, 2)
     return 0
 

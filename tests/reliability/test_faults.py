@@ -27,7 +27,7 @@ from longtail_experts.tracking.recorder import (
     local_folder,
     read_points,
 )
-from longtail_experts.tracking.runs import Run, RunError
+from longtail_experts.tracking.runs import Run, RunError, start_run
 
 
 @pytest.fixture
@@ -336,6 +336,9 @@ def test_a_folder_that_was_moved_is_noticed_before_training(
     gone = tmp_path_factory.mktemp("gone") / "mlruns"
     MlflowClient().create_run(MlflowClient().create_experiment("moved", str(gone)))
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "moved")
+    with start_run("the first to need the folder", {}):
+        assert gone.exists()
+    shutil.rmtree(gone)
     assert main(["train", "--loss", "ce", *tiny_arguments]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert f"keeps its artifacts in {gone}, which is gone" in error

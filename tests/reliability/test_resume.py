@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 from conftest import arguments_of, assert_same_logits
@@ -17,11 +18,12 @@ from reliability.harness import all_runs, history, last_checkpoint, of_reference
 from longtail_experts.cli import main
 from longtail_experts.learning import step as steps
 from longtail_experts.learning.step import NonFiniteLossError
-from longtail_experts.stages import train
+from longtail_experts.stages import resumed, train
 from longtail_experts.stages.inputs import load_dataset
 from longtail_experts.tracking.experts import recorded_config
+from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.recorder import Recorder, local_folder, read_points
-from longtail_experts.tracking.runs import Run, RunError
+from longtail_experts.tracking.runs import Run, RunError, start_run
 
 
 def interrupt_after(points: int, run_id: list[str]) -> threading.Thread:
@@ -68,6 +70,31 @@ def interrupted(store, tiny_arguments):
         return run_id[0]
 
     return interrupt
+
+
+def test_a_run_that_someone_opened_to_add_a_tag_is_not_taken_for_finished(interrupted, capsys):
+    """MLflow ends it as FINISHED."""
+    run = Run(interrupted("main", "ce", 10))
+    with mlflow.start_run(run_id=run.run_id):
+        mlflow.set_tag("remark", "looks good so far")
+    assert run.status == "FINISHED"
+    assert main(["main", "--resume", run.run_id]) == 0
+    assert f"run {run.run_id} FINISHED" in capsys.readouterr().out
+    assert is_calibrated(run)
+
+
+def test_experts_of_which_one_is_missing_are_not_done(finished, monkeypatch):
+    parent, children = Run(finished["all"]), resumed.experts.children_of(Run(finished["all"]))
+    assert resumed.is_done(parent)
+    monkeypatch.setattr(resumed.experts, "children_of", lambda _: {"ce": children["ce"]})
+    assert not resumed.is_done(parent)
+
+
+def test_a_finished_run_that_is_no_training_is_refused(store, capsys):
+    with start_run("a comparison", {"stage": "compare"}) as run:
+        pass
+    assert main(["main", "--resume", run.run_id]) == 2
+    assert "is no training (its stage is compare)" in capsys.readouterr().err
 
 
 def test_an_interrupted_main_resumes_to_the_same_expert(

@@ -9,6 +9,7 @@ def test_data_records_splits_without_an_expert(store, tiny_arguments, capsys):
     experiment = mlflow.get_experiment_by_name("tests").experiment_id
     (run,) = MlflowClient().search_runs([experiment])
     assert run.data.tags["stage"] == "data"
+    assert run.info.run_name == "data images split_seed 42"
     assert "expert" not in run.data.tags
     found = {dataset.dataset.name: dataset for dataset in run.inputs.dataset_inputs}
     assert set(found) == {

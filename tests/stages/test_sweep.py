@@ -26,6 +26,7 @@ from reliability.harness import Training, journal_lines, wait_until
 from longtail_experts.cli import main
 from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError, load_config
 from longtail_experts.stages.grid import MOST_TRIALS, points_of, read_sweep
+from longtail_experts.tracking.runs import one_process
 
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 os.environ[LOOPBACK] = "0"  # Ray's name for: no other device than the loopback one
@@ -282,6 +283,16 @@ def test_the_same_command_repeats_only_what_failed(swept_store, capfd):
     for fields, trial in after.items():
         same_run = trial["run_id"] == before[fields]["run_id"]
         assert same_run == (trial["state"] == "finished")  # the second attempt began afresh
+
+
+@needs_ray
+def test_two_processes_do_not_run_one_sweep(swept_store, capfd):
+    parent = MlflowClient().get_run(swept_store["parent"])
+    this = f"sweep {parent.info.experiment_id} {parent.data.tags['sweep_sha256']}"
+    with one_process(this, "not here"):
+        assert main(["sweep", "--sweep", swept_store["file"]]) == 1
+    assert "error: another process is at this sweep already" in capfd.readouterr().err
+    assert len(runs("sweep")) == 1
 
 
 @needs_ray

@@ -166,6 +166,8 @@ def test_calibrate_refuses_what_it_cannot_use(store, trained_briefly, capfd, tmp
     assert "checkpoints/best.pt is damaged" in refused("--run_id", run_id)
     (artifacts / "checkpoints/best.pt").unlink()
     assert "has no checkpoints/best.pt" in refused("--run_id", run_id)
+    MlflowClient().delete_tag(run_id, "training")  # cut off before its first validation
+    assert goes_on in refused("--run_id", run_id)
 
     experiment = mlflow.get_experiment_by_name("tests").experiment_id
     assert not MlflowClient().search_runs([experiment], "tags.stage = 'calibrate'")

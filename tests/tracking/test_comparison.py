@@ -115,6 +115,12 @@ def deployment_prior(deployment: str) -> np.ndarray:
     return np.array(counts) / sum(counts)
 
 
+def test_how_long_an_expert_took_that_has_not_ended_is_not_said():
+    members = [dataclasses.replace(MEMBERS[0], seconds=float("nan")), *MEMBERS[1:]]
+    (row,) = (r for r in comparison_report.expert_rows(members) if r.name.startswith("wall time"))
+    assert row.cells == ["-", "20.0", "30.0"]
+
+
 def test_every_cell_of_the_experts_table_is_what_the_runs_recorded():
     expected = []
     for split in TEST_COUNTS:

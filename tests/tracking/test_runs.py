@@ -1,5 +1,6 @@
 """What the store is given, and what it is spared."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -8,10 +9,12 @@ from collections.abc import Callable
 
 import mlflow
 import pytest
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils import name_utils
 
 from longtail_experts.cli import main
 from longtail_experts.tracking import patience, runs
@@ -113,6 +116,88 @@ def test_a_run_of_any_stage_is_reaped_once_its_process_is_gone(store, stage, cap
     out = capsys.readouterr().out
     assert f"run {run.run_id} (splits): FAILED, 0 points delivered\n" in out  # and no -P resume
     assert run.status == "FAILED"
+
+
+def cut_off(name: str, parent: Run | None = None) -> Run:
+    with start_run(name, {"stage": "train"}, parent) as run:
+        run.set_tags({"process_started": "1.00"})  # of another process of this pid
+    MlflowClient().set_terminated(run.run_id, "RUNNING")
+    return run
+
+
+def test_a_parent_offers_no_other_way_for_its_own_children(store, caplog):
+    other = cut_off("other")
+    with start_run("all experts", {"stage": "all"}) as parent:
+        child = cut_off("child", parent)
+        offer_to_resume(parent)
+    assert other.run_id in caplog.text
+    assert child.run_id not in caplog.text
+
+
+def test_artifacts_that_a_server_keeps_stop_no_reaping(store, capsys):
+    """Without MLFLOW_TRACKING_URI, nobody can list them."""
+    served = MlflowClient().create_experiment("served", artifact_location="mlflow-artifacts:/7")
+    tags = {**cut_off("before").tags, "stage": "train"}
+    run = Run(MlflowClient().create_run(served, tags=tags).info.run_id)
+    after = cut_off("after")
+    assert main(["reap"]) == 0
+    assert capsys.readouterr().out.count("FAILED") == 3
+    assert (run.status, after.status) == ("FAILED", "FAILED")
+    for command in (["main", "--resume", run.run_id], ["calibrate", "--run_id", run.run_id]):
+        run.set_tags({"training": "complete"})
+        assert main(command) == 2
+        assert f"error: run {run.run_id}: its artifacts cannot be" in capsys.readouterr().err
+
+
+def test_artifacts_that_were_moved_are_not_taken_for_missing(store, capfd):
+    run = cut_off("a run")
+    run.write_text("config.yaml", "epochs: 2\n")
+    assert run.has_artifact("config.yaml")
+    assert not run.has_artifact("checkpoints/best.pt")
+    mlruns = runs.local_folder_of(run.artifact_uri).parent.parent
+    mlruns.rename(store / "moved")
+    assert main(["main", "--resume", run.run_id]) == 2
+    says = f"error: run {run.run_id}: its artifacts were in {mlruns}, which is gone"
+    assert says in capfd.readouterr().err
+    with start_run("another", {"stage": "train"}, existing=None) as next_one:
+        offer_to_resume(next_one)  # without a word on artifacts
+
+
+def test_a_run_of_a_deleted_experiment_is_refused(store):
+    run = cut_off("a run")
+    MlflowClient().delete_experiment(run.experiment_id)
+    with pytest.raises(RunError, match="mlflow experiments restore --experiment-id"):
+        open_run(run.run_id)
+    MlflowClient().restore_experiment(run.experiment_id)
+    MlflowClient().delete_run(run.run_id)
+    with pytest.raises(RunError, match=f"mlflow runs restore --run-id {run.run_id}"):
+        open_run(run.run_id)
+
+
+def test_a_full_disk_of_artifacts_is_one_line(store, monkeypatch):
+    def raises(error: OSError) -> None:
+        def log_artifact(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
+
+    with start_run("a run", {"stage": "data"}) as run:
+        raises(OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(RunError, match=r"artifact a/b.txt cannot be written \(No space left"):
+            run.write_text("a/b.txt", "text")
+        raises(requests.exceptions.InvalidURL("what a server is at fault for"))
+        with pytest.raises(requests.exceptions.InvalidURL):
+            run.write_text("a/b.txt", "text")
+
+
+@pytest.mark.parametrize("name", ["ce-baseline-1", "lr-sweep-2", "silent-ant", "my run", "a-b-c"])
+def test_a_name_that_someone_gave_is_kept(name):
+    assert not runs.is_generated(name)
+
+
+def test_a_name_that_mlflow_made_up_is_not():
+    made_up = {name_utils._generate_random_name() for _ in range(200)}
+    assert all(map(runs.is_generated, made_up))
 
 
 def test_an_experiment_made_by_mlflow_ui_is_detected(store, monkeypatch):

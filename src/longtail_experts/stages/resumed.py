@@ -4,7 +4,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from longtail_experts.config import Config
+from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.stages.inputs import (
     MAY_CHANGE_ON_RESUME,
@@ -13,8 +13,9 @@ from longtail_experts.stages.inputs import (
     resolve,
 )
 from longtail_experts.tracking import experts
+from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.runs import Run, RunError, open_run
-from longtail_experts.tracking.stale import require_resumable
+from longtail_experts.tracking.stale import require_not_running, require_training
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,18 @@ class Begun:
     config: Config
     data: Dataset
     launcher: AbstractContextManager[Run | None]  # the pointer that `mlflow run` made, if it did
+
+
+def is_done(run_: Run) -> bool:
+    """Whether nothing of what its stage does is missing. MLflow ends a run as FINISHED that someone
+    opened to add a tag, whatever had become of it."""
+    tags = run_.tags
+    if tags["stage"] == "train":
+        return "training" in tags
+    if tags["stage"] == "main":
+        return is_calibrated(run_)
+    children = experts.children_of(run_)
+    return all(loss in children and is_calibrated(children[loss]) for loss in LOSS_NAMES)
 
 
 def open_begun(
@@ -43,9 +56,10 @@ def open_begun(
         launcher: AbstractContextManager[Run | None] = nullcontext()
     else:
         launcher = experts.launched_resuming_run(source)
-    is_finished = source.status == "FINISHED"
+    require_training(source)
+    is_finished = source.status == "FINISHED" and is_done(source)
     if not is_finished:
-        require_resumable(source)
+        require_not_running(source)
     if source.has_artifact("config.yaml"):
         recorded = experts.recorded_config(source)
         asked_text = {name: value for name, value in asked.as_text().items() if name in compared}

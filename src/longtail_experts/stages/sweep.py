@@ -34,7 +34,7 @@ from longtail_experts.tracking import experts, sweeps
 from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.interrupts import delayed_signals, raise_for
 from longtail_experts.tracking.recorder import local_folder
-from longtail_experts.tracking.runs import Run, RunError
+from longtail_experts.tracking.runs import Run, RunError, one_process
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,12 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
         jobs = prepare(points, precision)
         sweep_sha256 = identity(jobs)
         experiment = sweeps.experiment_here()
+        stack.enter_context(
+            one_process(
+                f"sweep {experiment} {sweep_sha256}",
+                "another process is at this sweep already; wait for its end",
+            )
+        )
         existing = sweeps.find_sweep(experiment, sweep_sha256)
         look_up(jobs, sweeps.finished_experts(experiment), existing)
         left = [job for job in jobs if job.trial.state == "waiting"]

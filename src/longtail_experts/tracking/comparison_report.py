@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import io
+import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +70,7 @@ def row(
     errors: Sequence[float | None] | None = None,
 ) -> Row:
     """Equal cells, as shown, share the mark; it means nothing where there is but one column."""
+    values = [None if v is None or math.isnan(v) else v for v in values]
     cells = ["-" if v is None else show(v) for v in values]
     best: set[int] = set()
     known = [v for v in values if v is not None]

@@ -154,7 +154,8 @@ def record_schedule(
 
 def start_data_run(config: Config) -> AbstractContextManager[Run]:
     tags = {"stage": "data", "data.source": config.source, **git_tags()}
-    return start_run(run_name(config, "data"), tags)
+    demo = "DEMO " if config.source == "synthetic" else ""
+    return start_run(f"{demo}data {config.source} split_seed {config.split_seed}", tags)
 
 
 def start_preflight_run(config: Config) -> AbstractContextManager[Run]:
@@ -261,14 +262,15 @@ def checkpoint_bytes(num_parameters: int) -> int:
 
 def require_trained(run: Run) -> None:
     """Raises RunError for a run that has no checkpoint, or whose training has not ended well."""
+    stage = run.tags.get("stage", "none")
+    if stage in ("main", "train"):
+        require_training_ended(run)
     name = "last" if run.params.get("protocol") == "literature" else "best"
     if not run.has_artifact(f"checkpoints/{name}.pt"):
-        stage = run.tags.get("stage", "none")
         raise RunError(
             f"run {run.run_id}: has no checkpoints/{name}.pt (its stage is {stage}); give the id "
             "of a train run"
         )
-    require_training_ended(run)
 
 
 # --- after calibration ------------------------------------------------------------------------

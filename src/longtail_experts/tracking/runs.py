@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -34,11 +33,12 @@ from filelock import FileLock, Timeout
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils import name_utils
 
 from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
-from longtail_experts.tracking.patience import PatientClient, patience, patiently
+from longtail_experts.tracking.patience import PatientClient, is_transient, patience, patiently
 from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.report import (
     KEPT_OF_A_TAG,
@@ -61,7 +61,6 @@ MAX_TEXT = 100_000_000  # bytes of a JSON, YAML or Markdown artifact that is rea
 RACES = 20  # of two runs that record the same data set at once; one a data set is lost at most
 NOTE = "mlflow.note.content"
 BATCH = 1000  # what one log_batch call may hold
-GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # as MLflow names a run by itself
 
 
 class RunError(RuntimeError):
@@ -120,7 +119,21 @@ class Run:
 
     def upload(self, local: Path, folder: str | None, wait: bool = True) -> None:
         client = self.client if wait else self.plain_client
-        client.log_artifact(self.run_id, str(local), folder)
+        with self._disk_at_fault(os.path.join(folder or "", local.name)):
+            client.log_artifact(self.run_id, str(local), folder)
+
+    @contextmanager
+    def _disk_at_fault(self, name: str) -> Iterator[None]:
+        """RunError for what a disk raises; a store's errors are left as they are."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None or is_transient(error):
+                raise
+            raise RunError(
+                f"run {self.run_id}: artifact {name} cannot be written "
+                f"({error.strerror or first_line(error)}); make room, then do this again"
+            ) from None
 
     def describe(self, markdown: str) -> None:
         """What people have typed there stays, below; in an artifact where both are too long."""
@@ -139,7 +152,7 @@ class Run:
     def artifact(self, path: str) -> Iterator[Path]:
         """A local path to write; what is there at the end of the block becomes the artifact."""
         folder, name = os.path.split(path)
-        with tempfile.TemporaryDirectory() as scratch:
+        with self._disk_at_fault(path), tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / name
             yield local
             self.upload(local, folder or None)
@@ -236,8 +249,21 @@ class Run:
         return sorted((point.step, point.value) for point in points)
 
     def has_artifact(self, path: str) -> bool:
+        """Raises RunError where nobody can tell: MLflow takes a folder that was moved for empty."""
+        root = local_folder_of(self.artifact_uri)
+        if root is not None and not root.parent.parent.exists():
+            raise RunError(
+                f"run {self.run_id}: its artifacts were in {root.parent.parent}, which is gone: "
+                "move the folder back"
+            )
         folder = os.path.dirname(path)
-        return any(f.path == path for f in self.client.list_artifacts(self.run_id, folder or None))
+        try:
+            found = self.client.list_artifacts(self.run_id, folder or None)
+        except (MlflowException, OSError) as error:
+            raise RunError(
+                f"run {self.run_id}: its artifacts cannot be listed ({first_line(error)})"
+            ) from None
+        return any(file.path == path for file in found)
 
     @cached_property
     def _artifacts(self) -> PatientClient:
@@ -295,11 +321,19 @@ def open_run(run_id: str) -> Run:
         client.search_experiments(max_results=1)
     run = Run(run_id)
     try:
-        stage = run.client.get_run(run_id).info.lifecycle_stage
+        info = run.client.get_run(run_id).info
+        experiment = run.client.get_experiment(info.experiment_id)
     except MlflowException:
         raise RunError(f"run_id={run_id[:60]}: not found in the store {uri}") from None
-    if stage == "deleted":
-        raise RunError(f"run_id={run_id}: is deleted; restore it first (mlflow runs restore)")
+    if experiment.lifecycle_stage == "deleted":
+        raise RunError(
+            f"run_id={run_id}: its experiment is deleted; restore that first "
+            f"(mlflow experiments restore --experiment-id {info.experiment_id})"
+        )
+    if info.lifecycle_stage == "deleted":
+        raise RunError(
+            f"run_id={run_id}: is deleted; restore it first (mlflow runs restore --run-id {run_id})"
+        )
     return run
 
 
@@ -346,7 +380,7 @@ def start_run(
         # A child waits for a store that is away: its parent has begun.
         with _store_at_fault(f"no run can be started in {uri}"):
             patiently(open_it, patience() if parent else 0.0)
-        if existing is None and (GENERATED_NAME.fullmatch(run.name) or name.startswith("DEMO")):
+        if existing is None and (is_generated(run.name) or name.startswith("DEMO")):
             run.rename(name)
         _require_usable_artifact_root(run)
         yield run
@@ -418,10 +452,17 @@ def claimed(run: Run | None) -> Iterator[None]:
     if run is None:
         yield
         return
+    with one_process(run.run_id, f"run {run.run_id}: another process is going on with it already"):
+        yield
+
+
+@contextmanager
+def one_process(what: str, else_: str) -> Iterator[None]:
+    """RunError, in the words `else_`, where another process of this host is in here for `what`."""
     try:
-        lock = host_lock(run.run_id).acquire(timeout=0)
+        lock = host_lock(what).acquire(timeout=0)
     except Timeout:
-        raise RunError(f"run {run.run_id}: another process is going on with it already") from None
+        raise RunError(else_) from None
     with lock:
         yield
 
@@ -434,6 +475,17 @@ def host_lock(what: str) -> FileLock:
     except (KeyError, OSError):  # a container's user may have no name
         user = str(os.getuid())
     return FileLock(Path(tempfile.gettempdir()) / f"longtail-experts-{user}-{name}.lock")
+
+
+def is_generated(run_name: str) -> bool:
+    """Whether MLflow named a run by itself (silent-ant-42), and nobody did (lr-sweep-2)."""
+    words = run_name.split("-")
+    return (
+        len(words) == 3
+        and words[0] in name_utils._GENERATOR_PREDICATES
+        and words[1] in name_utils._GENERATOR_NOUNS
+        and words[2].isdigit()
+    )
 
 
 def launched_run_id() -> str | None:
@@ -465,7 +517,7 @@ def note_failure(reason: str) -> None:
         client.set_tag(run_id, NOTE, signed(f"**{how}.** {plain(reason)}"))
         if "stage" not in tags:
             client.set_tag(run_id, "stage", "refused")
-            if GENERATED_NAME.fullmatch(run.info.run_name):
+            if is_generated(run.info.run_name):
                 client.update_run(run_id, name="refused")
     except Exception as error:
         log.debug("run %s: no note could be left (%s)", run_id, first_line(error))
@@ -526,7 +578,9 @@ def _require_usable_artifact_root(run: Run) -> None:
 
 
 def _has_siblings(run: Run) -> bool:
-    return len(run.client.search_runs([run.experiment_id], max_results=2)) > 1
+    """Of ours, which have made their folder."""
+    ours = "tags.process_started != ''"
+    return len(run.client.search_runs([run.experiment_id], ours, max_results=2)) > 1
 
 
 def free_bytes(place: Path) -> int:

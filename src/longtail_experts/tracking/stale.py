@@ -40,7 +40,8 @@ def offer_to_resume(run: Run) -> None:
     """One warning for each run beside `run` that was cut off on this host."""
     for stale in stale_runs([run.experiment_id]):
         tags = stale.tags
-        if stale.run_id == run.run_id or tags.get("stage") not in RESUMABLE_STAGES:
+        is_of_this = run.run_id in (stale.run_id, tags.get("mlflow.parentRunId"))
+        if is_of_this or tags.get("stage") not in RESUMABLE_STAGES:
             continue
         epoch = stale.metrics.get("epoch")
         reached = "before its first epoch ended" if epoch is None else f"after epoch {epoch:.0f}"
@@ -55,8 +56,11 @@ def offer_to_resume(run: Run) -> None:
 
 
 def can_go_on(run: Run) -> bool:
-    """Whether a training got as far as to say with which config."""
-    return run.tags.get("stage") in RESUMABLE_STAGES and run.has_artifact("config.yaml")
+    """Whether a training got as far as to say with which config, and that is still there."""
+    try:
+        return run.tags.get("stage") in RESUMABLE_STAGES and run.has_artifact("config.yaml")
+    except RunError:
+        return False
 
 
 def named_run(run_id: str) -> Run:
@@ -79,12 +83,10 @@ def require_no_process(run: Run) -> None:
         raise RunError(f"run {run.run_id}: process {tags['pid']} of this host is filling it")
 
 
-def require_resumable(run: Run) -> None:
-    """RunError for a run that is no training, or that another process may be filling."""
+def require_training(run: Run) -> None:
     stage = run.tags.get("stage")
     if stage not in RESUMABLE_STAGES:
         raise RunError(f"run {run.run_id}: is no training (its stage is {stage})")
-    require_not_running(run)
 
 
 def require_not_running(run: Run) -> None:
@@ -112,7 +114,5 @@ def reap(run: Run) -> str:
             f"run {run.run_id}: left RUNNING, its points cannot be delivered: {first_line(error)}"
         )
     run.client.set_terminated(run.run_id, "FAILED")
-    hint = ""
-    if can_go_on(run):
-        hint = f"; -P resume={run.run_id} goes on with it"
+    hint = f"; -P resume={run.run_id} goes on with it" if can_go_on(run) else ""
     return f"run {run.run_id} ({run.name}): FAILED, {delivered} points delivered{hint}"
