@@ -1,11 +1,14 @@
 """MLproject, conda.yaml and pyproject.toml agree with each other and with the command line."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -75,6 +78,32 @@ def test_the_strong_card_is_long_and_augmented():
     assert (config.epochs, config.lr_schedule, config.milestones) == (400, "cosine", ())
     lr_of = schedule_of(config, steps_per_epoch=85)
     assert lr_of(200 * 85) == pytest.approx(0.05)
+
+
+def test_all_that_a_run_holds_is_in_docs_run(finished):
+    named = re.findall(r"`([^` ]+)`", (ROOT / "docs" / "run.md").read_text())
+    named.remove("<test>")
+    patterns = [re.sub(r"<\w+>", r"\\w+", re.escape(name)) for name in named]  # <split>
+    patterns = [re.sub(r"\\{(.+?)\\}", _either, pattern) for pattern in patterns]  # {head,tail}
+    patterns += [rf"ensemble_(mean|product)/{p}" for p in patterns if "/" not in p]
+    known = re.compile("|".join(patterns))
+    client = mlflow.MlflowClient()
+    for name in ("ce", "all"):
+        data = client.get_run(finished[name]).data
+        found = {*data.metrics, *data.tags, *files_of(client, finished[name])}
+        found = {n.removeprefix("test_balanced/") if name == "all" else n for n in found}
+        unknown = {n for n in found if not n.startswith("mlflow.") and not known.fullmatch(n)}
+        assert not unknown, name
+        assert len(found) > 30
+
+
+def _either(found: re.Match) -> str:
+    return f"({found[1].replace(',', '|')})"
+
+
+def files_of(client: mlflow.MlflowClient, run_id: str, folder: str | None = None) -> Iterator[str]:
+    for file in client.list_artifacts(run_id, folder):
+        yield from files_of(client, run_id, file.path) if file.is_dir else [file.path]
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ OWN_PARAMETERS = {
     },
     "results": {
         "sweeps": "the sweeps' runs: a,b",
-        "out": "the page to write, as docs/results.md; its figures go beside it",
+        "out": "the page to write, figures beside it (mlflow run without it: docs/results.md)",
     },
     "sweep": {
         "sweep": "a sweep file: path, or name in configs/sweeps/ (config, fixed, grid: {field: "

@@ -79,7 +79,7 @@ class Config(BaseModel):
     data_dir: str | None = Field(
         "data",
         min_length=1,
-        description="folder with the images (CIFAR is downloaded there if it is empty)",
+        description="folder with the images (CIFAR is downloaded there if its files are not)",
     )
     imbalance_factor: float = Field(
         100.0, ge=1, le=1e6, description="largest class / smallest class of the training pool"
@@ -172,7 +172,8 @@ class Config(BaseModel):
         max_length=200,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$",
         description="name in the model registry under which the calibrated expert becomes a "
-        "version, and `champion` where it is the best on val_lt; none: not registered",
+        "version, and `champion` where it is the best of its splits on val_lt; none: "
+        "not registered",
     )
     preflight: bool = Field(
         True,

@@ -181,6 +181,7 @@ def test_a_full_disk_of_artifacts_is_one_line(store, monkeypatch):
 
         monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
 
+    monkeypatch.setenv("LONGTAIL_STORE_PATIENCE", "0")
     with start_run("a run", {"stage": "data"}) as run:
         raises(OSError(errno.ENOSPC, "No space left on device"))
         with pytest.raises(RunError, match=r"artifact a/b.txt cannot be written \(No space left"):

@@ -49,6 +49,7 @@ def run_study(sweep_id: str) -> str:
 
 def into(parent: Run, run_ids: Sequence[str]) -> None:
     """The comparison of the experts of one parent, into the parent."""
+    parent.set_tags({"deployment": "uniform"})
     members = comparison.read_members([Run(run_id) for run_id in run_ids])
     record(parent, members, "uniform", comparison.require_comparable(members, False))
 

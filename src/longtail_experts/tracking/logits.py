@@ -36,8 +36,8 @@ class SplitLogits:
 class ExpertLogits:
     """What an ensemble or a rejector built on top needs of one expert.
 
-    `logits / temperature + log_offset` is the log-posterior under the training `prior`; for
-    another deployment prior q add log q - log prior.
+    `logits / temperature + log_offset` is the log-posterior under the training `prior`, up to a
+    constant an image; for another deployment prior q add log q - log prior.
     """
 
     run_id: str
