@@ -124,7 +124,7 @@ def test_an_expert_run_holds_everything(finished, loss):
 def test_the_parent_holds_a_table_of_its_experts(finished):
     parent = MlflowClient().get_run(finished["all"])
     assert parent.info.status == "FINISHED"
-    assert parent.data.tags["stage"] == "all"
+    assert (parent.data.tags["stage"], parent.data.tags["deployment"]) == ("all", "uniform")
     assert "expert" not in parent.data.tags
     for loss in LOSSES:
         assert finished[loss] in parent.data.tags["mlflow.note.content"]

@@ -191,7 +191,9 @@ def test_a_full_disk_of_artifacts_is_one_line(store, monkeypatch):
             run.write_text("a/b.txt", "text")
 
 
-@pytest.mark.parametrize("name", ["ce-baseline-1", "lr-sweep-2", "silent-ant", "my run", "a-b-c"])
+@pytest.mark.parametrize(
+    "name", ["ce-baseline-1", "rare-classes-2", "silent-ant", "my run", "a-b-c"]
+)
 def test_a_name_that_someone_gave_is_kept(name):
     assert not runs.is_generated(name)
 
