@@ -104,7 +104,7 @@ BAD_RECIPES = {
     "unhashable key": ("? [a]\n: 1", "cannot be read"),
     "control characters": ("lr: \x07", "cannot be read"),
     "bad date": ("lr: 2020-99-99", "cannot be read"),
-    "number of many parts": (f"lr: {'1:' * 4000}1.5", "cannot be read"),
+    "number of many parts": (f"lr: {'1:' * 4000}1.5", "lr=1:1:"),
     "merged a billion times": (MERGED, "must be one value or a flat list"),
     "number of many digits": (f"lr: 0x{'f' * 90_000}", "lr="),
     "a million keys": ("\n".join(f"k{i}: 1" for i in range(9000)), "unknown field 'k0'"),

@@ -251,7 +251,8 @@ class Run:
     def has_artifact(self, path: str) -> bool:
         """Raises RunError where nobody can tell: MLflow takes a folder that was moved for empty."""
         root = local_folder_of(self.artifact_uri)
-        if root is not None and not root.parent.parent.exists():
+        is_gone = root is not None and not root.parent.parent.exists()
+        if is_gone and "process_started" in self.tags:  # a run of ours, which has made it
             raise RunError(
                 f"run {self.run_id}: its artifacts were in {root.parent.parent}, which is gone: "
                 "move the folder back"
