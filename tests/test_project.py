@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from longtail_experts.cli import ENTRY_POINTS
 from longtail_experts.config import Config, load_config
 from longtail_experts.stages.inputs import schedule_of
+from longtail_experts.tracking.report import signed
 
 ROOT = Path(__file__).resolve().parents[1]
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text())
@@ -128,4 +129,4 @@ def test_what_the_launcher_shows_of_a_refusal(store):
     assert f"error: {reason}\n" in done.stderr
     (run,) = mlflow.search_runs(experiment_names=["tests"], output_format="list")
     assert run.info.status == "FAILED"
-    assert run.data.tags["mlflow.note.content"].startswith(f"**Not started.** {reason}\n")
+    assert run.data.tags["mlflow.note.content"] == signed(f"**Not started.** {reason}")

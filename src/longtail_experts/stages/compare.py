@@ -29,7 +29,7 @@ def run(choice: Choice, deployment: str = "uniform", different_splits: bool = Fa
     name = f"compare {', '.join(m.label for m in members)}"
     if deployment != "uniform":
         name = f"{deployment}: {name}"
-    with start_run(name[:200], {"stage": "compare", "deployment": deployment}) as run_:
+    with start_run(name[:200], {"stage": "compare"}) as run_:
         parts = record(run_, members, deployment, same_splits)
         comparison_report.describe_comparison(run_, parts)
     print("\n\n".join(parts))
@@ -49,7 +49,6 @@ def run_study(sweep_id: str) -> str:
 
 def into(parent: Run, run_ids: Sequence[str]) -> None:
     """The comparison of the experts of one parent, into the parent."""
-    parent.set_tags({"deployment": "uniform"})
     members = comparison.read_members([Run(run_id) for run_id in run_ids])
     record(parent, members, "uniform", comparison.require_comparable(members, False))
 
@@ -57,6 +56,7 @@ def into(parent: Run, run_ids: Sequence[str]) -> None:
 def record(
     run_: Run, members: Sequence[comparison.Member], deployment: str, same_splits: bool
 ) -> list[str]:
+    run_.set_tags({"deployment": deployment})
     result = comparison.together(members, deployment) if same_splits else None
     synthetic = any(member.facts.get("source") == "synthetic" for member in members)
     notice = f"{SYNTHETIC_NOTICE}\n\n" if synthetic else ""

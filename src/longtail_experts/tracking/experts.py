@@ -53,9 +53,10 @@ def notice(config: Config) -> str:
     return f"{SYNTHETIC_NOTICE}\n\n" if config.source == "synthetic" else ""
 
 
-def run_name(config: Config, what: str) -> str:
+def run_name(config: Config, what: str, seed: str = "seed") -> str:
+    """`seed`: the field of the one that it depends on."""
     demo = "DEMO " if config.source == "synthetic" else ""
-    return f"{demo}{what} {config.source} seed {config.seed}"
+    return f"{demo}{what} {config.source} {seed} {getattr(config, seed)}"
 
 
 @contextmanager
@@ -154,8 +155,7 @@ def record_schedule(
 
 def start_data_run(config: Config) -> AbstractContextManager[Run]:
     tags = {"stage": "data", "data.source": config.source, **git_tags()}
-    demo = "DEMO " if config.source == "synthetic" else ""
-    return start_run(f"{demo}data {config.source} split_seed {config.split_seed}", tags)
+    return start_run(run_name(config, "data", "split_seed"), tags)
 
 
 def start_preflight_run(config: Config) -> AbstractContextManager[Run]:

@@ -5,7 +5,6 @@ MLflow's own default, and `mlflow run` has already created the one that we are t
 """
 
 import getpass
-import hashlib
 import json
 import logging
 import math
@@ -230,7 +229,7 @@ class Run:
     def experiment_id(self) -> str:
         return self.client.get_run(self.run_id).info.experiment_id
 
-    @property
+    @cached_property
     def artifact_uri(self) -> str:
         return self.client.get_run(self.run_id).info.artifact_uri
 
@@ -259,7 +258,7 @@ class Run:
             )
         folder = os.path.dirname(path)
         try:
-            found = self.client.list_artifacts(self.run_id, folder or None)
+            found = self._artifacts.list_artifacts(folder or None)
         except (MlflowException, OSError) as error:
             raise RunError(
                 f"run {self.run_id}: its artifacts cannot be listed ({first_line(error)})"
@@ -270,8 +269,7 @@ class Run:
     def _artifacts(self) -> PatientClient:
         """Where the run keeps its artifacts; MLflow's client would ask the store for that, and for
         logged models of the same name, at every read."""
-        where = self.artifact_uri
-        return PatientClient(get_artifact_repository(where, mlflow.get_tracking_uri()))
+        return PatientClient(get_artifact_repository(self.artifact_uri, mlflow.get_tracking_uri()))
 
     @contextmanager
     def read_artifact(self, path: str) -> Iterator[Path]:
@@ -470,12 +468,11 @@ def one_process(what: str, else_: str) -> Iterator[None]:
 
 def host_lock(what: str) -> FileLock:
     """Held by one process of this host and user at a time."""
-    name = hashlib.sha256(what.encode()).hexdigest()[:16]
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name
         user = str(os.getuid())
-    return FileLock(Path(tempfile.gettempdir()) / f"longtail-experts-{user}-{name}.lock")
+    return FileLock(Path(tempfile.gettempdir()) / f"longtail-experts-{user}-{digest(what)}.lock")
 
 
 def is_generated(run_name: str) -> bool:
