@@ -2,7 +2,8 @@
 
     python benchmarks/agreement.py --data_dir FOLDER --seeds 4 --epochs 32
 
-First what one step brings to each kind of layer, in bf16: how far the kernels' results, and
+First what one step brings to each kind of layer (a convolution with the batch norm before it, or
+either alone), in bf16: how far the kernels' results, and
 PyTorch's own, are from float64's, as shares of their length. Then training: every loss with every
 seed, once with `fused` and once without, the three losses at the same time as `main -P loss=all`
 has them; the recipe is that of `cifar100_lt`, its milestones moved in proportion to the epochs.
@@ -74,8 +75,8 @@ def layers_apart(config: Config, data: Dataset) -> Iterable[Found]:
         theirs = how_far_from_float64(module, inputs)
         for name, ours in how_far_from_float64(module, inputs, fused).items():
             yield {
-                "layer": str(module),
-                "shape": str(tuple(inputs[0].shape)),
+                "layer": " ".join(str(module).split()),
+                "shape": " ".join(str(tuple(x.shape)) for x in inputs),
                 "result": name,
                 "fused": ours,
                 "pytorch": theirs[name],

@@ -8,7 +8,8 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,14 @@ from torch.nn import functional as F
 
 from longtail_experts.learning import fused as fused_module
 from longtail_experts.learning import layers
-from longtail_experts.learning.fused import fused, fusible, kernel_of, require_same_layer
+from longtail_experts.learning.fused import (
+    NormThenConv,
+    fused,
+    fusible,
+    how_far_from_float64,
+    kernel_of,
+    require_same_layer,
+)
 from longtail_experts.learning.layers import Conv, Norm
 from longtail_experts.learning.resnet import build_resnet32
 
@@ -82,13 +90,13 @@ def require_same_convolutions(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     for num, c_in, c_out, side, size, stride in sizes:
-        conv = Conv(c_in, c_out, size, stride)
+        conv = Conv(c_in, c_out, size, stride, passes=True)
         conv = conv.to(device, memory_format=torch.channels_last)
         x = torch.randn(num, c_in, side, side, generator=generator)
         dy = torch.randn(num, c_out, side // stride, side // stride, generator=generator)
         x, dy = (v.to(device, dtype, memory_format=torch.channels_last) for v in (x, dy))
         ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
-        y, passed = kernel_of(conv)(ours, conv.weight, stride, True)
+        y, passed = kernel_of(conv)(ours, conv.weight, conv)
         also = torch.randn(x.shape, generator=generator).to(x)
         assert torch.equal(passed, x)
         torch.autograd.backward((y, passed), (dy, also))
@@ -96,9 +104,78 @@ def require_same_convolutions(
         expected = F.conv2d(theirs, weight, stride=stride, padding=size // 2)
         expected.backward(dy.double())
         require_close(y, expected, tolerance)
+        values = y.detach().double()
+        require_close(y.moments[0], values.mean((0, 2, 3)), 1e-5)
+        require_close(y.moments[1], values.var((0, 2, 3), unbiased=False), 1e-5)
         require_close(ours.grad, theirs.grad + also.double(), tolerance)
         require_close(conv.weight.grad, weight.grad, 1e-5)  # summed in float32 in any case
         assert conv.weight.grad.dtype == torch.float32
+
+
+def require_same_pairs(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Batch norm and the convolution after it, which sums up gradients for it; and the norm after
+    that, which gets its moments."""
+    for c_out, size, stride, relu in ((16, 3, 1, True), (32, 3, 2, True), (16, 1, 1, False)):
+        torch.manual_seed(0)
+        conv = Conv(16, c_out, size, stride, passes=True)
+        pair = NormThenConv(Norm(16, relu), conv).to(device, memory_format=torch.channels_last)
+        torch.nn.init.normal_(pair.norm.bias)
+        x, added = (
+            torch.randn(6, 16, 16, 16).to(device, dtype, memory_format=torch.channels_last)
+            for _ in range(2)
+        )
+        for inputs in ([x], [x, added]):
+            kernels = counting_kernels()
+            with mock.patch.multiple(layers, PRECISIONS=(dtype,)), kernels as ran:
+                apart = how_far_from_float64(pair, inputs, fused)
+            assert {"the gradient of norm.weight", "the gradient of norm.bias"} <= set(apart)
+            assert max(apart.values()) <= tolerance, apart
+            assert ran == ["_moments"]  # of x; nothing sums up gradients a second time
+
+
+def require_other_gradients_are_summed_up_again(device: str, dtype: torch.dtype) -> None:
+    """Where a norm's output goes elsewhere as well, its gradient is not what one convolution
+    made."""
+    torch.manual_seed(0)
+    norm, conv = Norm(16), Conv(16, 16)
+    network = nn.ModuleList([norm, conv]).to(device, memory_format=torch.channels_last)
+    x = torch.randn(3, 16, 8, 8).to(device, dtype, memory_format=torch.channels_last)
+    exact = copy.deepcopy(network).double()
+
+    def run(norm: nn.Module, conv: nn.Module, x: torch.Tensor) -> None:
+        y = norm(x)
+        (conv(y).square().sum() + (3 * y).square().sum()).backward()
+
+    with (
+        mock.patch.multiple(layers, PRECISIONS=(dtype,)),
+        fused(network),
+        counting_kernels() as ran,
+    ):
+        run(*network, x)
+    run(*exact, x.double())
+    assert ran == ["_moments", "_gradient_sums"]
+    for ours, theirs in zip(network.parameters(), exact.parameters(), strict=True):
+        require_close(ours.grad, theirs.grad, 1e-5)
+
+
+@contextmanager
+def counting_kernels() -> Iterator[list[str]]:
+    """Names of those that sum up for a norm what no convolution did, as they run."""
+    from longtail_experts.learning import fused_norm
+
+    ran: list[str] = []
+
+    class Counting:
+        def __init__(self, name: str):
+            self.name, self.kernel = name, getattr(fused_norm, name)
+
+        def __getitem__(self, grid):
+            ran.append(self.name)
+            return self.kernel[grid]
+
+    kernels = {name: Counting(name) for name in ("_moments", "_gradient_sums")}
+    with mock.patch.multiple(fused_norm, **kernels):
+        yield ran
 
 
 def require_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
@@ -110,6 +187,9 @@ def interpreted() -> None:
     require_same_norms("cpu", torch.float32, 1e-5)
     require_same_convolutions("cpu", torch.float32, 1e-5)
     require_same_convolutions("cpu", torch.float16, 1e-3, CONVS[::3])  # stands in for bf16
+    require_same_pairs("cpu", torch.float32, 1e-5)
+    require_other_gradients_are_summed_up_again("cpu", torch.float32)
+    require_the_network_sums_up_what_it_must()
     require_a_wrong_kernel_is_found()
     require_recorded_steps_take_them()
     model = build_resnet32(10, "pad", seed=0).to(memory_format=torch.channels_last)
@@ -126,6 +206,26 @@ def interpreted() -> None:
     with fused(model):
         require_close(model(images), copy.deepcopy(model)(images), 1e-6)
     assert all(torch.equal(kept[name], x) for name, x in model.state_dict().items())
+
+
+def require_the_network_sums_up_what_it_must() -> None:
+    """All moments come from convolutions; of the gradients' sums, those of the last norm and of
+    the two shortcuts, behind which there is none, take a kernel of their own."""
+    model = build_resnet32(10, "projection", seed=0).to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    plain, weights = copy.deepcopy(model), torch.randn(4, 10)
+    with (
+        mock.patch.multiple(layers, PRECISIONS=(torch.float32,)),
+        fused(model),
+        counting_kernels() as ran,
+    ):
+        (model(images) * weights).sum().backward()
+    (plain(images) * weights).sum().backward()
+    assert ran == ["_gradient_sums"] * 3
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        require_close(ours.grad, theirs.grad, 1e-4)
+    for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        require_close(ours, theirs, 1e-5)
 
 
 def require_a_wrong_kernel_is_found() -> None:
@@ -173,6 +273,27 @@ def require_a_wrong_kernel_is_found() -> None:
         pytest.raises(ValueError, match=r"output 1 of Conv.* away from"),
     ):
         require_same_layer(conv, [x])
+
+    def with_less(normed, dy, whole=fused_norm.Normed.take_sums):
+        dweight, dbias = whole(normed, dy)
+        return dweight * 0.98, dbias
+
+    def without_variance(*arguments, whole=fused_conv._convolved):
+        y, moments = whole(*arguments)
+        return y, off(moments, 1)
+
+    pair = NormThenConv(Norm(16), conv)
+    for owner, name, wrong, part in (
+        (fused_norm.Normed, "take_sums", with_less, "the gradient of norm.weight"),
+        (fused_conv, "_convolved", without_variance, "the moments of output 0"),
+    ):
+        with mock.patch.object(layers, "PRECISIONS", (torch.float32,)):
+            require_same_layer(pair, [x, x])
+            with (
+                mock.patch.object(owner, name, wrong),
+                pytest.raises(ValueError, match=f"{part} of NormThenConv"),
+            ):
+                require_same_layer(pair, [x, x])
     require_same_layer(norm, [x, x])
     with (
         mock.patch.object(fused_norm, "FusedNorm", wrong_norm),
@@ -255,3 +376,4 @@ def test_on_a_gpu_kernels_equal_pytorchs_operators(dtype, tolerance):
     require_same_norms("cuda", dtype, tolerance)
     if dtype == torch.bfloat16:  # the only one that takes them
         require_same_convolutions("cuda", dtype, tolerance)
+        require_same_pairs("cuda", dtype, fused_module.LAYER_APART)

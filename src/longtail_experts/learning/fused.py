@@ -3,8 +3,10 @@
 import copy
 import os
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ WIDTHS = (16, 32, 64)  # channels that convolutions have kernels for, and 3 goin
 # How far a result may be from that of the same inputs in float64, lengths as in Euclid. bf16
 # rounds a value to 2^-9; a pixel, a tap or a part that is left out is ten times as much away.
 LAYER_APART = 1e-2
+THREADS = 8  # layers that are compared at a time on a GPU: each takes up to half a GB there
 _same: set[tuple] = set()  # kinds of module, and of input, that were found to agree
 
 
@@ -62,34 +65,98 @@ def fused(model: nn.Module) -> Iterator[None]:
 Layer = tuple[nn.Module, list[Tensor]]  # and what came to it
 
 
+class NormThenConv(nn.Module):
+    """They belong together: the one sums up gradients for the other."""
+
+    def __init__(self, norm: nn.Module, conv: nn.Module):
+        super().__init__()
+        self.norm, self.conv = norm, conv
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.conv(self.norm(*inputs))
+
+
 def require_same_layers(model: nn.Module, run: Callable[[], None]) -> None:
     """ValueError unless the kernels do what PyTorch does, forward and backward, with what comes to
-    each kind of module while `run` takes a training step of `model`. Once a process."""
-    for kind, (module, inputs) in layers_in(model, run, known=_same).items():
-        require_same_layer(module, inputs)
+    each kind of layer while `run` takes a training step of `model`. Once a process."""
+    layers = layers_in(model, run, known=_same)
+    for kind, _ in zip(layers, _each(require_same_layer, layers.values()), strict=True):
         _same.add(kind)
+
+
+def _each(check: Callable[[nn.Module, list[Tensor]], None], layers: Collection[Layer]) -> Iterator:
+    """On a GPU in threads: kernels are compiled there, a second each, if they never were."""
+    if not any(inputs[0].is_cuda for _, inputs in layers):
+        return starmap(check, layers)
+    ours = torch.cuda.current_stream()
+
+    def on_a_stream(layer: Layer) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(ours)
+        # The backward pass as well in this thread, instead of one that all share.
+        try:
+            with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
+                check(*layer)
+        finally:
+            stream.synchronize()
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return threads.map(on_a_stream, layers)
 
 
 def layers_in(
     model: nn.Module, run: Callable[[], None], known: Collection[tuple] = ()
 ) -> dict[tuple, Layer]:
-    """One module that has kernels of each kind, beside the known ones, and what comes to it."""
+    """One layer that has kernels of each kind, beside the known ones, and what comes to it: a
+    convolution with the batch norm before it, where there is one; else either alone."""
     seen: dict[tuple, Layer] = {}
+    made_by: dict[int, tuple[nn.Module, Tensor]] = {}  # outputs, by id: kept, so that it is theirs
+    norms: dict[nn.Module, list[Tensor]] = {}  # that no convolution has followed yet
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
-        if isinstance(module, Conv):
-            inputs = tuple(map(as_autocast_has_it, inputs))
-        kind = (str(module), *((x.device, x.dtype, x.shape) for x in inputs))
+    def note(module: nn.Module, inputs: list[Tensor]) -> None:
+        kind = (str(module), *((x.device, x.dtype, x.shape, hasattr(x, "moments")) for x in inputs))
         if kind not in seen and kind not in known:
-            seen[kind] = module, [x.detach().clone() for x in inputs]
+            seen[kind] = module, inputs
 
-    hooks = [module.register_forward_hook(note) for module in fusible(model)]
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        made = output[0] if isinstance(output, tuple) else output
+        before, _ = made_by.get(id(inputs[0]), (None, None))
+        made_by[id(made)] = module, made
+        if isinstance(module, Norm):
+            norms[module] = list(map(_alone, inputs))
+            if isinstance(before, Conv):  # which hands them on
+                norms[module][0].moments = moments_of(inputs[0])
+        elif before in norms:
+            note(NormThenConv(before, module), norms.pop(before))
+        else:
+            note(module, [_alone(as_autocast_has_it(x)) for x in inputs])
+
+    hooks = [module.register_forward_hook(look) for module in fusible(model)]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
+    for norm, inputs in norms.items():
+        note(norm, inputs)
     return seen
+
+
+def _alone(x: Tensor) -> Tensor:
+    """A copy outside of any graph, with what a convolution has left with it."""
+    copied = x.detach().clone()
+    if hasattr(x, "moments"):
+        copied.moments = x.moments
+    return copied
+
+
+def moments_of(x: Tensor) -> Tensor:
+    """[2, C], mean and variance of a layer's output: those that were computed with it, or as its
+    values say."""
+    if hasattr(x, "moments"):
+        return x.moments
+    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    return torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)])
 
 
 def require_same_layer(module: nn.Module, inputs: list[Tensor]) -> None:
@@ -111,8 +178,9 @@ def how_far_from_float64(
     from that of the same inputs in float64, as a share of its length. PyTorch's, or that of
     `kernels`."""
     trial, exact = copy.deepcopy(module), copy.deepcopy(module)
-    if isinstance(exact, Conv):  # autocast rounds its weights, as the kernels do
-        exact.weight.data = exact.weight.data.to(inputs[0].dtype)
+    for layer in exact.modules():
+        if isinstance(layer, Conv):  # autocast rounds its weights, as the kernels do
+            layer.weight.data = layer.weight.data.to(inputs[0].dtype)
     random = torch.Generator(inputs[0].device).manual_seed(0)
     with kernels(trial):
         found = _results(trial, inputs, random)
@@ -124,8 +192,9 @@ def how_far_from_float64(
 
 
 def _results(module: nn.Module, inputs: list[Tensor], random: torch.Generator) -> dict[str, Tensor]:
-    """Output, and the gradients for a random one of it; statistics as they are then."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
+    """Output, and the gradients for a random one of it; statistics as they are then, and those that
+    a convolution hands on."""
+    leaves = [_alone(x).requires_grad_() for x in inputs]
     dtype = inputs[0].dtype
     with torch.autocast(leaves[0].device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = module.train()(*leaves)
@@ -139,4 +208,6 @@ def _results(module: nn.Module, inputs: list[Tensor], random: torch.Generator) -
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     found |= {f"the gradient of input {i}": x.grad for i, x in enumerate(leaves)}
     found |= {f"the gradient of {name}": p.grad for name, p in module.named_parameters()}
+    if not isinstance(module, Norm):
+        found["the moments of output 0"] = moments_of(outputs[0])
     return found | {name: x.detach().clone() for name, x in module.named_buffers()}

@@ -6,6 +6,10 @@ program holds a run of pixels with all their channels, multiplies it with one ta
 after another and adds up in float32. Weights are rounded to bf16 where they are read, as autocast
 does; their gradient is float32, summed in a fixed order: the same input gives the same bits.
 
+Batch norms stand around these convolutions, and need sums of what a program holds here anyway: a
+result has its mean and variance with it, as the attribute `moments`; and what is computed as the
+gradient for a batch norm's output is summed up for that one's own gradients (`Normed`).
+
 Tensors are in channels-last memory: an image is rows of pixels of channels, a filter
 [C out, taps, C in]. Triton comes with PyTorch's builds for CUDA on Linux. TRITON_INTERPRET=1 runs
 all of this on a CPU.
@@ -17,9 +21,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-TILE = 4096  # values that a program multiplies with a tap at a time
+from longtail_experts.learning.fused_norm import (
+    Normed,
+    counter_of,
+    mean_and_inverse,
+    memory_for_sums,
+    sum_up_gradients,
+    sum_up_moments,
+)
+
+TILE = 8192  # values that a program multiplies with a tap at a time
 EACH = 16384  # values of the output's gradient that one program sums up for the weights' gradient
 RUN = 64  # pixels of them at a time
 SUMMED = 8192  # values of partial sums that one program holds
@@ -57,12 +70,16 @@ def _patch(
     return tl.load(x + at, mask=there, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])  # full and short batches share a compilation
 def _convolve(
     x,
     w,
     y,
+    partial,
+    arrived,
+    moments,
     num_pixels,
+    num_parts,
     H: tl.constexpr,
     W: tl.constexpr,
     C_IN: tl.constexpr,
@@ -72,8 +89,10 @@ def _convolve(
     PIXELS: tl.constexpr,
     NUM: tl.constexpr,
     WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """y[n, h, w] = sum over taps of x[n, h STRIDE + i, w STRIDE + j] w[tap], NUM taps at a time."""
+    """y[n, h, w] = sum over taps of x[n, h STRIDE + i, w STRIDE + j] w[tap], NUM taps at a time;
+    and the moments of y, as it is rounded."""
     pixels = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = pixels < num_pixels
     channels, wide = tl.arange(0, C_OUT), tl.arange(0, WIDE)
@@ -84,16 +103,31 @@ def _convolve(
         weights = tl.load(w + at, mask=(wide < NUM * C_IN)[:, None], other=0.0)
         out = tl.dot(values, weights.to(values.dtype), out, input_precision="ieee")
     at = pixels[:, None] * C_OUT + channels[None, :]
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside[:, None])
+    rounded = out.to(y.dtype.element_ty)
+    tl.store(y + at, rounded, mask=inside[:, None])
+    values = rounded.to(tl.float32)
+    inside = inside[:, None]
+    sum_up_moments(
+        values, inside, partial, arrived, moments, num_pixels, num_parts, PARTS, PIXELS, C_OUT
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _input_gradients(
     dy,
     w,
     other,
     dx,
+    x,
+    before,
+    moments,
+    eps,
+    partial,
+    arrived,
+    dweight,
+    dbias,
     num_pixels,
+    num_parts,
     H: tl.constexpr,
     W: tl.constexpr,
     C_IN: tl.constexpr,
@@ -103,9 +137,15 @@ def _input_gradients(
     PIXELS: tl.constexpr,
     WIDE: tl.constexpr,
     ADDS: tl.constexpr,
+    SUMS: tl.constexpr,
+    RELU: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """dx[n, h, w] = sum over taps of dy[n, (h - i) / STRIDE, (w - j) / STRIDE] w[tap]^T, where
-    that is a pixel, plus `other`. H and W are the input's; WIDE is C_IN, or more."""
+    that is a pixel, plus `other`. H and W are the input's; WIDE is C_IN, or more.
+
+    With SUMS, x was made of `before` by batch norm (and ReLU): its sums of dx, as it is rounded.
+    """
     pixels = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = pixels < num_pixels
     row, column = pixels // W % H + SIZE // 2, pixels % W + SIZE // 2
@@ -127,7 +167,17 @@ def _input_gradients(
     mask = inside[:, None] & is_channel
     if ADDS:
         out += tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask)
+    rounded = out.to(dx.dtype.element_ty)
+    tl.store(dx + at, rounded, mask=mask)
+    if SUMS:
+        gradient = rounded.to(tl.float32)
+        if RELU:
+            is_open = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) > 0.0
+            gradient = tl.where(is_open, gradient, 0.0)
+        values = tl.load(before + at, mask=mask, other=0.0).to(tl.float32)
+        mean, inverse = mean_and_inverse(moments, eps, WIDE)
+        normal = (values - mean[None, :]) * inverse[None, :]
+        sum_up_gradients(gradient, normal, partial, arrived, dweight, dbias, num_parts, PARTS, WIDE)
 
 
 @triton.jit
@@ -176,11 +226,11 @@ class FusedConv(torch.autograd.Function):
     """Of a 1x1 or 3x3 filter, padded to keep the size of images, or to halve it with stride 2."""
 
     @staticmethod
-    def forward(ctx, x, weight, stride, passes):
+    def forward(ctx, x, weight, conv):
         ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        y = _convolved(x, weight, stride)
-        return (y, x.view_as(x)) if passes else y
+        ctx.conv, ctx.normed = conv, getattr(x, "normed", None)
+        y, y.moments = _convolved(x, weight, conv)
+        return (y, x.view_as(x)) if conv.passes else y
 
     @staticmethod
     def backward(ctx, dy, dpassed=None):
@@ -191,40 +241,64 @@ class FusedConv(torch.autograd.Function):
         )
         with _another_stream(x.device) as beside:
             with beside:  # neither gradient fills the GPU alone
-                dw = _weight_gradient(x, weight, dy, ctx.stride)
+                dw = _weight_gradient(x, weight, dy, ctx.conv.stride[0])
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = _input_gradient(x, weight, dy, ctx.stride, dpassed)
-        return dx, dw, None, None
+                dx = _input_gradient(x, weight, dy, ctx.conv, dpassed, ctx.normed)
+        return dx, dw, None
 
 
-def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    size = (len(x), len(weight), x.shape[2] // stride, x.shape[3] // stride)
+def _convolved(x: Tensor, weight: Tensor, conv: nn.Module) -> tuple[Tensor, Tensor]:
+    """The output, and its moments."""
+    stride, channels = conv.stride[0], len(weight)
+    size = (len(x), channels, x.shape[2] // stride, x.shape[3] // stride)
     order = torch.channels_last
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
-    num_pixels, pixels = y.numel() // len(weight), TILE // len(weight)
-    _convolve[(triton.cdiv(num_pixels, pixels),)](
-        *(x, weight, y, num_pixels),
+    moments = y.new_empty((2, channels), dtype=torch.float32)
+    num_pixels, pixels = y.numel() // channels, TILE // channels
+    num_parts = triton.cdiv(num_pixels, pixels)
+    partial, parts = memory_for_sums(y, num_parts)
+    _convolve[(num_parts,)](
+        *(x, weight, y, partial, counter_of(conv), moments, num_pixels, num_parts),
         **_kind(y, weight, stride),
         PIXELS=pixels,
         **_taps(weight, 1),
+        **parts,
         num_warps=_warps(pixels),
     )
-    return y
+    return y, moments
 
 
 def _input_gradient(
-    x: Tensor, weight: Tensor, dy: Tensor, stride: int, other: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    conv: nn.Module,
+    other: Tensor | None,
+    normed: Normed | None,
 ) -> Tensor:
+    """And what `normed`, of which x is the output, is to know of it."""
     channels = x.shape[1]
     wide = max(16, channels)
     dx, num_pixels, pixels = torch.empty_like(x), x.numel() // channels, TILE // wide
-    _input_gradients[(triton.cdiv(num_pixels, pixels),)](
-        *(dy, weight, dx if other is None else other, dx, num_pixels),
-        **_kind(x, weight, stride),
+    num_parts = triton.cdiv(num_pixels, pixels)
+    partial, parts = memory_for_sums(x, num_parts)
+    before, sums, eps = (dx, dx), (dx, dx), 0.0  # any pointers where they are not read
+    if normed is not None:
+        norm = normed.norm
+        before, eps = (normed.x, normed.moments), norm.eps
+        sums = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+        normed.sums = (dx, *sums)
+    _input_gradients[(num_parts,)](
+        *(dy, weight, dx if other is None else other, dx, x, *before, eps),
+        *(partial, counter_of(conv), *sums, num_pixels, num_parts),
+        **_kind(x, weight, conv.stride[0]),
         PIXELS=pixels,
         WIDE=wide,
         ADDS=other is not None,
+        SUMS=normed is not None,
+        RELU=normed is not None and normed.norm.relu,
+        **parts,
         num_warps=_warps(pixels),
     )
     return dx

@@ -37,7 +37,7 @@ class Conv(nn.Conv2d):
             x = as_autocast_has_it(x)
             if x.dtype in PRECISIONS and x.shape[2] % 2 == x.shape[3] % 2 == 0:
                 x = x.contiguous(memory_format=torch.channels_last)
-                return self.fused(x, self.weight, self.stride[0], self.passes)
+                return self.fused(x, self.weight, self)
         out = super().forward(x)
         return (out, x) if self.passes else out
 
