@@ -1,5 +1,6 @@
 """Threads that take turns at everything but their epochs."""
 
+import gc
 import sys
 import threading
 import time
@@ -65,6 +66,54 @@ def test_none_trains_before_all_have_begun_or_ended():
         at_once({"a": trains, "b": fails, "c": trains, "d": lambda: None}, "cpu")
     assert order[:3] == ["begin"] * 3
     assert sorted(order[3:]) == ["end", "end", "train", "train"]
+
+
+def test_the_calling_thread_has_something_to_do_once_all_train():
+    order, has_done = [], threading.Event()
+
+    def trains():
+        order.append("begin")
+        with beside_the_others():
+            assert has_done.wait(LONG)
+        return "done"
+
+    def meanwhile():
+        order.append(threading.current_thread())
+        has_done.set()
+
+    ended = at_once(dict.fromkeys("abc", trains), "cpu", meanwhile)
+    assert ended == dict.fromkeys("abc", "done")
+    assert order == ["begin"] * 3 + [threading.current_thread()]
+
+
+def test_what_the_calling_thread_brought_meanwhile_is_not_looked_through_either():
+    brought, has_brought, left_alone = [], threading.Event(), []
+
+    def trains():
+        with beside_the_others():
+            assert has_brought.wait(LONG)
+            deadline = time.monotonic() + LONG
+            while gc.get_freeze_count() < before + 100_000 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            left_alone.append(gc.get_freeze_count())
+
+    def meanwhile():
+        nonlocal before
+        before = gc.get_freeze_count()
+        brought.extend([] for _ in range(100_000))
+        has_brought.set()
+
+    before = 0
+    at_once({"a": trains, "b": trains}, "cpu", meanwhile)
+    assert min(left_alone) >= before + 100_000
+    assert gc.get_freeze_count() == 0
+
+
+def test_where_all_have_ended_already_the_calling_thread_does_nothing_else():
+    """As when a sweep is resumed, or all fail before they train."""
+    called = []
+    at_once(dict.fromkeys("abc", lambda: None), "cpu", lambda: called.append(1))
+    assert called == []
 
 
 def test_where_not_all_can_begin_those_that_have_do_not_wait_for_them(monkeypatch):

@@ -434,6 +434,27 @@ def test_experts_do_not_wait_for_each_other_with_their_temperatures(
     assert len(traces) == 1
 
 
+def test_the_model_is_traced_while_experts_train_at_the_same_time(
+    store, tiny_arguments, together, traces, only_trains
+):
+    """In the thread that waits for them; in the layout in memory that an expert has on a GPU."""
+    together.append(lambda state: threading.Event().wait(0.05))
+    assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "4"]) == 0
+    ((expert, _),) = traces
+    assert expert.network.fc.bias.device.type == "cpu"
+    assert expert.network.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_experts_go_on_where_their_model_cannot_be_prepared(
+    store, tiny_arguments, together, only_trains, monkeypatch
+):
+    def fail(*arguments):
+        raise RuntimeError("this machine cannot trace")
+
+    monkeypatch.setattr(main_stage, "prepare_expert_model", fail)
+    assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "2"]) == 0
+
+
 def test_while_experts_train_at_the_same_time_nothing_imported_is_looked_through(
     store, tiny_arguments, together, only_trains
 ):

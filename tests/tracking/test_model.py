@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import mlflow
 import numpy as np
@@ -18,7 +19,7 @@ from longtail_experts.learning.backend import exact_float32
 from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.tracking import model as model_module
 from longtail_experts.tracking import patience
-from longtail_experts.tracking.model import CalibratedExpert, exported
+from longtail_experts.tracking.model import CalibratedExpert, exported, prepare_expert_model
 from longtail_experts.tracking.runs import start_run
 
 
@@ -73,6 +74,30 @@ def test_what_is_traced_once_serves_every_expert_of_its_architecture(monkeypatch
         expected = (logits / temperature + (offset - prior.log())).softmax(1)
         torch.testing.assert_close(program.module()(others), expected)
     assert len(model_module._programs) == 2
+
+
+def test_a_model_that_is_prepared_for_is_not_traced_again(monkeypatch):
+    """Nor at the same time: who needs it waits for it."""
+    export, traced, begun = torch.export.export, [], threading.Event()
+
+    def trace(*arguments, **settings):
+        traced.append(threading.current_thread())
+        begun.set()
+        time.sleep(0.05)
+        return export(*arguments, **settings)
+
+    monkeypatch.setattr(model_module, "_programs", {})
+    monkeypatch.setattr(torch.export, "export", trace)
+    network = build_resnet32(5, "pad", 0)
+    other = threading.Thread(target=prepare_expert_model, args=(network, 5))
+    other.start()
+    assert begun.wait(60)
+    prior, images = torch.rand(5) + 0.1, torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    expert = CalibratedExpert(build_resnet32(5, "pad", 1), 2.0, torch.randn(5), prior).eval()
+    program = exported(expert, images)
+    other.join()
+    assert traced == [other]
+    torch.testing.assert_close(program.module()(images), expert(images))
 
 
 def test_no_other_thread_computes_while_one_is_traced(monkeypatch):

@@ -43,10 +43,16 @@ class _Experts:
 _expert: ContextVar[tuple[_Experts, str] | None] = ContextVar("expert", default=None)
 
 
-def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, Result]:
+def at_once(
+    work: Mapping[str, Callable[[], Result]],
+    device: str,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> dict[str, Result]:
     """What each piece of work returns, each in a thread of its own that starts with the turn.
 
-    Returns when all have ended, then raises what the first of them to have failed raised.
+    `meanwhile` is called once none begins any more, unless all have ended: without the turn, in
+    the calling thread, which else would only wait. Returns when all have ended, then raises what
+    the first of them to have failed raised.
     """
     experts = _Experts(work)
 
@@ -65,6 +71,10 @@ def at_once(work: Mapping[str, Callable[[], Result]], device: str) -> dict[str, 
         except BaseException:  # those that have begun wait for one that does not come
             experts.are_ready.set()
             raise
+        experts.are_ready.wait()
+        if not all(future.done() for future in begun.values()):
+            meanwhile()
+            gc.freeze()  # what it imported
     return {name: future.result() for name, future in begun.items()}
 
 

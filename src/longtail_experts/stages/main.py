@@ -16,11 +16,12 @@ from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages import compare
 from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.checks import require_ready
-from longtail_experts.stages.inputs import for_one_expert, trains_at_once
+from longtail_experts.stages.inputs import build_network, for_one_expert, trains_at_once
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.interrupts import delayed_signals, heed, stop_if_heeded
 from longtail_experts.tracking.logits import is_calibrated
+from longtail_experts.tracking.model import prepare_expert_model
 from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError
 from longtail_experts.tracking.stale import offer_to_resume
@@ -93,7 +94,7 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
                 log.error("%s failed: %s", loss, error, exc_info=not foreseen)
                 return Outcome(failure=first_line(error))
 
-        outcomes = for_each_loss(child_of, config)
+        outcomes = for_each_loss(child_of, config, data)
         failures = {name: o.failure for name, o in outcomes.items() if not o.run_id}
         children = {name: o.run_id for name, o in outcomes.items() if o.run_id}
         if len(children) > 1:
@@ -120,7 +121,9 @@ def run_child(
     return existing.run_id
 
 
-def for_each_loss(child_of: Callable[[str], Outcome], config: Config) -> dict[str, Outcome]:
+def for_each_loss(
+    child_of: Callable[[str], Outcome], config: Config, data: Dataset
+) -> dict[str, Outcome]:
     """At the same time where `trains_at_once`, else one after another."""
     if not trains_at_once(config):
         print(f"{len(LOSS_NAMES)} experts, one after another: multiply the time of one")
@@ -133,4 +136,20 @@ def for_each_loss(child_of: Callable[[str], Outcome], config: Config) -> dict[st
             stop_if_heeded(f"before {loss} began")
             return child_of(loss)
 
-        return at_once({loss: partial(heeding, loss) for loss in LOSS_NAMES}, config.device)
+        work = {loss: partial(heeding, loss) for loss in LOSS_NAMES}
+        return at_once(work, config.device, meanwhile=model_preparation(config, data))
+
+
+def model_preparation(config: Config, data: Dataset) -> Callable[[], None]:
+    """What traces the network that the experts have in common, for the thread that waits for them.
+    After training the first of them would do it, and the others wait for their turn."""
+    # Here, before there are threads: to seed a network puts the random state of the process aside.
+    network = build_network(for_one_expert(config, LOSS_NAMES[0]), data)
+
+    def prepare() -> None:
+        try:
+            prepare_expert_model(network, data.num_classes)
+        except Exception as error:  # an expert meets it again, and says so
+            log.debug("the model could not be prepared: %s", error)
+
+    return prepare

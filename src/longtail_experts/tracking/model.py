@@ -1,6 +1,8 @@
 """The calibrated expert as an MLflow model: uint8 images in, probabilities out."""
 
+import contextlib
 import copy
+import importlib
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,26 +42,52 @@ _programs: dict[tuple, ExportedProgram] = {}  # the last one exported of each ar
 
 
 def exported(expert: CalibratedExpert, images: Tensor) -> ExportedProgram:
-    """The expert as a program, traced on images uint8 [2, 32, 32, 3]; valid until the next call.
+    """The expert as a program, with images uint8 [2, 32, 32, 3] as its example; valid until the
+    next call.
 
-    To trace takes a second or more, in which PyTorch switches cuDNN and oneDNN off and watches the
-    calls of all modules: no other expert may call its own meanwhile (`own_flags`). So it is done
-    once for all experts of one architecture: the next ones' weights, temperature and shift take
-    the place of the last one's.
+    It is traced once for all experts of one architecture: the next ones' weights, temperature and
+    shift take the place of the last one's.
     """
-    state = expert.state_dict()
-    architecture = (str(expert), *((name, tensor.shape) for name, tensor in state.items()))
-    if architecture not in _programs:
-        with own_flags():
-            _programs[architecture] = torch.export.export(
-                copy.deepcopy(expert), (images,), dynamic_shapes=[{0: Dim.AUTO}]
-            )
-    program = _programs[architecture]
+    program = _traced(expert, images)
     program.example_inputs = ((images,), {})
+    state = expert.state_dict()
     with torch.no_grad():
         for name, tensor in program.state_dict.items():
             tensor.copy_(state[name])
     return program
+
+
+def _traced(expert: CalibratedExpert, images: Tensor) -> ExportedProgram:
+    """The program of the expert's architecture, with the weights of whoever had it last.
+
+    To trace takes a second or more, in which PyTorch switches cuDNN and oneDNN off and watches the
+    calls of all modules: no other expert may call its own meanwhile (`own_flags`), nor trace it.
+    """
+    state = expert.state_dict()
+    architecture = (str(expert), *((name, tensor.shape) for name, tensor in state.items()))
+    with own_flags():
+        if architecture not in _programs:
+            _programs[architecture] = torch.export.export(
+                copy.deepcopy(expert), (images,), dynamic_shapes=[{0: Dim.AUTO}]
+            )
+        return _programs[architecture]
+
+
+# Most of the time of a first trace and of a first write; where PyTorch has other names for it, they
+# import it themselves.
+IMPORTED_LATE = ("mlflow.pyfunc", "torch._inductor.ir", "torch.export._trace")
+
+
+def prepare_expert_model(network: nn.Module, num_classes: int) -> None:
+    """Imports and trace, which `log_expert_model` else does for the first network of an
+    architecture; the network is on the CPU. For a thread that has nothing else to do."""
+    network = network.to(memory_format=torch.channels_last)  # as experts come from the device
+    for name in IMPORTED_LATE:  # before `own_flags`, for which others may wait
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    nothing = torch.zeros(num_classes)
+    expert = CalibratedExpert(network, 1.0, nothing, nothing.exp()).eval()
+    _traced(expert, torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
 
 
 def log_expert_model(
