@@ -1,4 +1,6 @@
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -272,3 +274,25 @@ def test_a_temperature_a_row_divides_that_row():
     together = scores(logits, t, log_offset)
     one_by_one = [scores(logits[i : i + 1], float(t[i, 0]), log_offset)[0] for i in range(4)]
     torch.testing.assert_close(together, torch.stack(one_by_one))
+
+
+def test_experts_in_threads_fit_one_at_a_time(monkeypatch):
+    """The first of them need not wait for the last."""
+    logits, targets = torch.randn(40, 5), torch.arange(40) % 5
+    interval, inside, most = calibration._bootstrap_interval, [], []
+
+    def alone(*arguments):
+        inside.append(1)
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.pop()
+        return interval(*arguments)
+
+    monkeypatch.setattr(calibration, "_bootstrap_interval", alone)
+    with ThreadPoolExecutor(3) as threads:
+        fits = [
+            threads.submit(fit_temperature, logits, targets, torch.zeros(5), bootstrap_seed=1)
+            for _ in range(3)
+        ]
+    assert len({fit.result() for fit in fits}) == 1
+    assert most == [1, 1, 1]
