@@ -418,18 +418,19 @@ def test_an_expert_that_fails_beside_others_does_not_stop_them(
     assert len(traces) == 1, "one serves both"
 
 
-def test_experts_do_not_wait_for_each_other_with_their_temperatures(
+def test_experts_do_not_wait_for_each_other_with_temperatures_and_what_follows_from_them(
     store, tiny_arguments, together, traces, monkeypatch
 ):
-    """None is fitted before all three are."""
-    all_fit = threading.Barrier(3, timeout=120)  # broken where one waits for its turn
-    fit = calibrate_stage.fit_temperature
+    """None is fitted, and none evaluated, before all three are."""
+    for name in ("fit_temperature", "test_metrics"):
+        everyone = threading.Barrier(3, timeout=120)  # broken where one waits for its turn
+        original = getattr(calibrate_stage, name)
 
-    def fit_temperature(*arguments, **settings):
-        all_fit.wait()
-        return fit(*arguments, **settings)
+        def together_with_all(*arguments, everyone=everyone, original=original, **settings):
+            everyone.wait()
+            return original(*arguments, **settings)
 
-    monkeypatch.setattr(calibrate_stage, "fit_temperature", fit_temperature)
+        monkeypatch.setattr(calibrate_stage, name, together_with_all)
     assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "2"]) == 0
     assert len(traces) == 1
 

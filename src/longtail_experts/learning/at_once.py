@@ -2,9 +2,10 @@
 
 The kernels of a ResNet-32 at batch 128 are too small and too short to fill a large GPU; those of
 another expert go beside them. What is done epoch after epoch does: steps, validations and
-checkpoints, in memory and files of the expert's own; and at the end logits and temperature. All
-before that, the first recording of its steps above all, and all else after it is done by one expert
-at a time, which has the turn: MLflow, Matplotlib and torch.export need not be safe in threads.
+checkpoints, in memory and files of the expert's own; and at the end logits, temperature and
+metrics. All before that, the first recording of its steps above all, and all else after it is done
+by one expert at a time, which has the turn: MLflow, Matplotlib and torch.export need not be safe in
+threads. The trace that all need is made meanwhile, by the thread that waits for them.
 """
 
 import gc
@@ -32,6 +33,7 @@ class _Experts:
     def __init__(self, names: Iterable[str]):
         self.turn = threading.Lock()
         self.to_come = set(names)  # who have not been ready to train yet; changed with the turn
+        self.at_work = set(names)  # who have not ended
         self.are_ready = threading.Event()
 
     def has_come(self, name: str) -> None:
@@ -63,6 +65,7 @@ def at_once(
                 with _own_stream(device):
                     return do()
             finally:
+                experts.at_work.discard(name)
                 experts.has_come(name)
 
     with _python_for_threads(), ThreadPoolExecutor(len(work), "expert") as threads:
@@ -72,7 +75,7 @@ def at_once(
             experts.are_ready.set()
             raise
         experts.are_ready.wait()
-        if not all(future.done() for future in begun.values()):
+        if experts.at_work:
             meanwhile()
             gc.freeze()  # what it imported
     return {name: future.result() for name, future in begun.items()}

@@ -96,8 +96,11 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     with beside_the_others():
         logits = split_logits(trained.network, config, data)
         calibration = fit(logits, config, data, log_offset, prior)
+        metrics = test_metrics(logits, data, calibration, log_offset, prior)
+        of_last = metrics["test_balanced/balanced_accuracy"]
+        if trained.last_step != step:
+            of_last = balanced_accuracy_of(trained.last_network, config, data)
     temperature = calibration.temperature
-    metrics = test_metrics(logits, data, calibration, log_offset, prior)
     scalars = {"temperature": temperature.value, "tau": config.tau}
     vectors = {"log_offset": log_offset, "prior": prior}
     save_checkpoint(
@@ -113,9 +116,6 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     }
     write_logits(run_, as_exported(logits, data), constants)
     run_.replace_metrics(metrics, step)  # those of a calibration that was cut off
-    of_last = metrics["test_balanced/balanced_accuracy"]
-    if trained.last_step != step:
-        of_last = balanced_accuracy_of(trained.last_network, config, data)
     run_.replace_metrics({"test_balanced/balanced_accuracy_last": of_last}, trained.last_step)
     experts.record_per_class(run_, data, recalls(logits, data))
     experts.record_figures(run_, data, logits, calibration.of_rows, log_offset, prior)
