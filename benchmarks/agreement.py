@@ -22,6 +22,7 @@ from functools import partial
 from itertools import product
 
 import torch
+from torch import nn
 
 from longtail_experts.config import LOSS_NAMES, Config, load_config
 from longtail_experts.data.batches import draw_epoch
@@ -83,6 +84,15 @@ def layers_apart(config: Config, data: Dataset) -> Iterable[Found]:
             }
 
 
+def measured(network: nn.Module, config: Config, data: Dataset) -> Found:
+    """Of an expert after its last epoch."""
+    logits = split_logits(network, config, data)
+    recall, _ = recalls(logits, data)["test_balanced"]
+    prior = prior_of(data.class_counts("train"))
+    fitted = fit(logits, config, data, log_offset_of(config, data, config.epochs - 1), prior)
+    return {"balanced": 100 * mean_over(recall), "temperature": fitted.temperature.value}
+
+
 def reached(config: Config, data: Dataset) -> dict[str, Found]:
     """Balanced accuracy on test_balanced in %, and T, by loss."""
 
@@ -110,11 +120,7 @@ def reached(config: Config, data: Dataset) -> dict[str, Found]:
         expected = "fused" if one.fused else "graph"
         if state.path != expected:
             raise SystemExit(f"error: {loss} took {state.path} steps instead of {expected} ones")
-        logits = split_logits(state.model, one, data)
-        recall, _ = recalls(logits, data)["test_balanced"]
-        prior = prior_of(data.class_counts("train"))
-        fitted = fit(logits, one, data, log_offset_of(one, data), prior)
-        return {"balanced": 100 * mean_over(recall), "temperature": fitted.temperature.value}
+        return measured(state.model, one, data)
 
     return at_once({loss: partial(train, loss) for loss in LOSS_NAMES}, config.device)
 

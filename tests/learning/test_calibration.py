@@ -1,6 +1,4 @@
 import math
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from longtail_experts.learning.calibration import (
     cross_fit_temperature,
     deployment_scores,
     fit_temperature,
+    minimise_nll,
     scores,
     slope_per_image,
     stratified_halves,
@@ -33,6 +32,26 @@ def synthetic(
     f = 2 * torch.randn(num_images, CLASSES, generator=generator)
     posterior = (f.double() + offset).softmax(1)
     return true_t * f, torch.multinomial(posterior, 1, generator=generator)[:, 0]
+
+
+def test_slopes_at_several_temperatures_are_those_at_each():
+    logits, targets = synthetic(1.7, LOG_PRIOR)
+    log_t = np.linspace(-4, 4, 7)
+    together = slope_per_image(logits, targets, LOG_PRIOR, log_t[:, None, None])
+    each = [slope_per_image(logits, targets, LOG_PRIOR, float(u)) for u in log_t]
+    assert torch.equal(together, torch.stack(each))
+
+
+def test_the_interval_is_that_of_resampled_rows():
+    """Found anew for every resample, with the same draws."""
+    logits, targets = synthetic(1.7, LOG_PRIOR, num_images=120)
+    found = fit_temperature(logits, targets, LOG_PRIOR, bootstrap_seed=5)
+    random, fits = np.random.RandomState(5), []
+    for _ in range(calibration.NUM_RESAMPLES):
+        rows = torch.from_numpy(random.randint(0, 120, 120))
+        fits.append(minimise_nll(logits[rows], targets[rows], LOG_PRIOR)[0])
+    expected = np.percentile(np.log(fits), [2.5, 97.5])
+    assert np.log([found.low, found.high]) == pytest.approx(expected, abs=1e-4)
 
 
 def mean_nll(logits: np.ndarray, targets: np.ndarray, offset: np.ndarray, log_t: float) -> float:
@@ -274,25 +293,3 @@ def test_a_temperature_a_row_divides_that_row():
     together = scores(logits, t, log_offset)
     one_by_one = [scores(logits[i : i + 1], float(t[i, 0]), log_offset)[0] for i in range(4)]
     torch.testing.assert_close(together, torch.stack(one_by_one))
-
-
-def test_experts_in_threads_fit_one_at_a_time(monkeypatch):
-    """The first of them need not wait for the last."""
-    logits, targets = torch.randn(40, 5), torch.arange(40) % 5
-    interval, inside, most = calibration._bootstrap_interval, [], []
-
-    def alone(*arguments):
-        inside.append(1)
-        time.sleep(0.02)
-        most.append(len(inside))
-        inside.pop()
-        return interval(*arguments)
-
-    monkeypatch.setattr(calibration, "_bootstrap_interval", alone)
-    with ThreadPoolExecutor(3) as threads:
-        fits = [
-            threads.submit(fit_temperature, logits, targets, torch.zeros(5), bootstrap_seed=1)
-            for _ in range(3)
-        ]
-    assert len({fit.result() for fit in fits}) == 1
-    assert most == [1, 1, 1]

@@ -3,10 +3,8 @@
 import copy
 import os
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
-from itertools import starmap
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ WIDTHS = (16, 32, 64)  # channels that convolutions have kernels for, and 3 goin
 # How far a result may be from that of the same inputs in float64, lengths as in Euclid. bf16
 # rounds a value to 2^-9; a pixel, a tap or a part that is left out is ten times as much away.
 LAYER_APART = 1e-2
-THREADS = 8  # layers that are compared at a time on a GPU: each takes up to half a GB there
 _same: set[tuple] = set()  # kinds of module, and of input, that were found to agree
 
 
@@ -79,29 +76,9 @@ class NormThenConv(nn.Module):
 def require_same_layers(model: nn.Module, run: Callable[[], None]) -> None:
     """ValueError unless the kernels do what PyTorch does, forward and backward, with what comes to
     each kind of layer while `run` takes a training step of `model`. Once a process."""
-    layers = layers_in(model, run, known=_same)
-    for kind, _ in zip(layers, _each(require_same_layer, layers.values()), strict=True):
+    for kind, (module, inputs) in layers_in(model, run, known=_same).items():
+        require_same_layer(module, inputs)
         _same.add(kind)
-
-
-def _each(check: Callable[[nn.Module, list[Tensor]], None], layers: Collection[Layer]) -> Iterator:
-    """On a GPU in threads: kernels are compiled there, a second each, if they never were."""
-    if not any(inputs[0].is_cuda for _, inputs in layers):
-        return starmap(check, layers)
-    ours = torch.cuda.current_stream()
-
-    def on_a_stream(layer: Layer) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(ours)
-        # The backward pass as well in this thread, instead of one that all share.
-        try:
-            with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
-                check(*layer)
-        finally:
-            stream.synchronize()
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        return threads.map(on_a_stream, layers)
 
 
 def layers_in(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 SUMMED = 8192  # values of which a program makes one part of a sum
 TILE = 4096  # values that a program holds where nothing is summed
-HELD = tl.constexpr(4096)  # values of sums that the last program holds: more would take registers
+HELD = tl.constexpr(2048)  # values of sums that the last program holds: more would take registers
 NUM_WARPS = 4
 
 # How many programs of the kernel that runs on a layer have written down their part. The last one
