@@ -8,6 +8,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -362,6 +363,21 @@ def test_a_convolution_is_compared_on_what_autocast_makes_of_its_input(monkeypat
     layers_seen = fused_module.layers_in(model, run).values()
     assert {inputs[0].shape[1] for _, inputs in layers_seen} == {3, 16, 32, 64}
     assert {inputs[0].dtype for _, inputs in layers_seen} == {torch.bfloat16}
+
+
+def test_a_convolution_is_compared_with_the_norm_before_it_and_a_norm_with_given_moments(
+    monkeypatch,
+):
+    model = build_resnet32(10, "projection", seed=0)
+    layers = {m: None for m in model.modules() if isinstance(m, Conv | Norm)}
+    monkeypatch.setattr(fused_module, "fusible", lambda model: layers)
+    seen = fused_module.layers_in(model, lambda: model(torch.randn(2, 3, 8, 8))).values()
+    kinds = [type(module).__name__ for module, _ in seen]
+    assert Counter(kinds) == {"NormThenConv": 9, "Conv": 3, "Norm": 3}
+    for module, (x, *_) in seen:
+        if not isinstance(module, Conv):
+            torch.testing.assert_close(x.moments[0], x.mean((0, 2, 3)))
+            torch.testing.assert_close(x.moments[1], x.var((0, 2, 3), unbiased=False))
 
 
 def test_on_a_cpu_nothing_is_fused():
