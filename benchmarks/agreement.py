@@ -3,10 +3,10 @@
     python benchmarks/agreement.py --data_dir FOLDER --seeds 4 --epochs 32
 
 First what one step brings to each kind of layer (a convolution with the batch norm before it, or
-either alone), in bf16: how far the kernels' results, and
-PyTorch's own, are from float64's, as shares of their length. Then training: every loss with every
-seed, once with `fused` and once without, the three losses at the same time as `main -P loss=all`
-has them; the recipe is that of `cifar100_lt`, its milestones moved in proportion to the epochs.
+either alone), in bf16: how far the kernels' results, and PyTorch's own, are from float64's, as
+shares of their length. Then training: every loss with every seed, once with `fused` and once
+without, the three losses at the same time as `main -P loss=all` has them; the recipe is that of
+`cifar100_lt`, its milestones moved in proportion to the epochs.
 What counts is balanced accuracy on all 10,000 test images, and T fitted on calib. Two runs of a
 seed share first weights, order and augmentation, but rounding parts them soon: differences are
 those of independent runs.

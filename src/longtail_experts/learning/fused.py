@@ -88,25 +88,27 @@ def layers_in(
     convolution with the batch norm before it, where there is one; else either alone."""
     seen: dict[tuple, Layer] = {}
     made_by: dict[int, tuple[nn.Module, Tensor]] = {}  # outputs, by id: kept, so that it is theirs
-    norms: dict[nn.Module, list[Tensor]] = {}  # that no convolution has followed yet
+    # That no convolution has followed yet: what came to them, and whether from one, with moments.
+    norms: dict[nn.Module, tuple[tuple[Tensor, ...], bool]] = {}
 
-    def note(module: nn.Module, inputs: list[Tensor]) -> None:
-        kind = (str(module), *((x.device, x.dtype, x.shape, hasattr(x, "moments")) for x in inputs))
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], has_moments: bool = False) -> None:
+        kind = (str(module), has_moments, *((x.device, x.dtype, x.shape) for x in inputs))
         if kind not in seen and kind not in known:
-            seen[kind] = module, inputs
+            copies = [x.detach().clone() for x in inputs]
+            if has_moments:
+                copies[0].moments = moments_of(copies[0])
+            seen[kind] = module, copies
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         made = output[0] if isinstance(output, tuple) else output
         before, _ = made_by.get(id(inputs[0]), (None, None))
         made_by[id(made)] = module, made
         if isinstance(module, Norm):
-            norms[module] = list(map(_alone, inputs))
-            if isinstance(before, Conv):  # which hands them on
-                norms[module][0].moments = moments_of(inputs[0])
+            norms[module] = inputs, isinstance(before, Conv)
         elif before in norms:
-            note(NormThenConv(before, module), norms.pop(before))
+            note(NormThenConv(before, module), *norms.pop(before))
         else:
-            note(module, [_alone(as_autocast_has_it(x)) for x in inputs])
+            note(module, tuple(map(as_autocast_has_it, inputs)))
 
     hooks = [module.register_forward_hook(look) for module in fusible(model)]
     try:
@@ -114,17 +116,9 @@ def layers_in(
     finally:
         for hook in hooks:
             hook.remove()
-    for norm, inputs in norms.items():
-        note(norm, inputs)
+    for norm, came in norms.items():
+        note(norm, *came)
     return seen
-
-
-def _alone(x: Tensor) -> Tensor:
-    """A copy outside of any graph, with what a convolution has left with it."""
-    copied = x.detach().clone()
-    if hasattr(x, "moments"):
-        copied.moments = x.moments
-    return copied
 
 
 def moments_of(x: Tensor) -> Tensor:
@@ -171,7 +165,9 @@ def how_far_from_float64(
 def _results(module: nn.Module, inputs: list[Tensor], random: torch.Generator) -> dict[str, Tensor]:
     """Output, and the gradients for a random one of it; statistics as they are then, and those that
     a convolution hands on."""
-    leaves = [_alone(x).requires_grad_() for x in inputs]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    if hasattr(inputs[0], "moments"):
+        leaves[0].moments = inputs[0].moments
     dtype = inputs[0].dtype
     with torch.autocast(leaves[0].device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = module.train()(*leaves)
