@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from conftest import (
     use_store,
 )
 from mlflow import MlflowClient
+from PIL import Image
 from reliability.harness import all_runs, history, of_reference
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
@@ -39,6 +41,7 @@ from longtail_experts.stages import calibrate as calibrate_stage
 from longtail_experts.stages import main as main_stage
 from longtail_experts.stages import train as train_stage
 from longtail_experts.tracking import model
+from longtail_experts.tracking.drawing import drawing_processes
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
 STEPS_AN_EPOCH = 8
@@ -340,7 +343,8 @@ def test_checkpoints_hold_plain_float32(finished):
 
 @pytest.fixture
 def together(monkeypatch):
-    """As on a GPU: experts train at the same time. Calls what a test appends before each epoch."""
+    """As on a GPU: experts train at the same time. Calls what a test appends before each epoch.
+    Their figures are drawn by this process, which saves to start others."""
     before_epoch = []
     original = train_stage.train_epoch
 
@@ -350,6 +354,7 @@ def together(monkeypatch):
         return original(state, *arguments, **settings)
 
     monkeypatch.setattr(main_stage, "trains_at_once", lambda config: True)
+    monkeypatch.setattr(main_stage, "drawing_processes", lambda number: nullcontext())
     monkeypatch.setattr(train_stage, "train_epoch", train_epoch)
     return before_epoch
 
@@ -464,6 +469,18 @@ def test_while_experts_train_at_the_same_time_nothing_imported_is_looked_through
     assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "1"]) == 0
     assert min(left_alone) > 0.9 * tracked
     assert gc.get_freeze_count() == 0
+
+
+def test_figures_of_experts_at_the_same_time_are_drawn_by_other_processes(
+    store, tiny_arguments, together, monkeypatch
+):
+    """This one's are of one pixel."""
+    monkeypatch.setattr(main_stage, "drawing_processes", drawing_processes)
+    assert main(["main", "--loss", "all", *tiny_arguments, "--epochs", "1"]) == 0
+    widths = {path.name: Image.open(path).width for path in store.joinpath("mlruns").rglob("*.png")}
+    one_pixel = {"lr_schedule.png"}  # drawn in the beginning, when experts have the turn
+    assert {name for name, width in widths.items() if width == 1} == one_pixel
+    assert {"reliability.png", "learning_curves.png", "posthoc.png", "pairs.png"} < widths.keys()
 
 
 @pytest.mark.gpu

@@ -195,7 +195,7 @@ def test_points_of_the_plane_are_head_then_tail_and_the_diagonals_those_of_the_h
     for name in ("per_class", "posthoc"):
         monkeypatch.setattr(comparison_figures, name, lambda *_: None)
     monkeypatch.setattr(comparison_figures, "head_tail_plane", lambda *given: drawn.append(given))
-    comparison_report.draw(MEMBERS, None, {}, tmp_path)
+    comparison_report.pictures(MEMBERS, None, {}, tmp_path)
     assert [given[:3] for given in drawn] == [(alone, {}, 0.6)]
 
 

@@ -5,7 +5,8 @@ another expert go beside them. What is done epoch after epoch does: steps, valid
 checkpoints, in memory and files of the expert's own; and at the end logits, temperature and
 metrics. All before that, the first recording of its steps above all, and all else after it is done
 by one expert at a time, which has the turn: MLflow, Matplotlib and torch.export need not be safe in
-threads. The trace that all need is made meanwhile, by the thread that waits for them.
+threads. The trace that all need is made meanwhile, by the thread that waits for them; the last
+figures other processes draw, for which an expert waits without the turn.
 """
 
 import gc

@@ -19,6 +19,7 @@ from longtail_experts.stages.checks import require_ready
 from longtail_experts.stages.inputs import build_network, for_one_expert, trains_at_once
 from longtail_experts.stages.train import train_expert
 from longtail_experts.tracking import experts
+from longtail_experts.tracking.drawing import drawing_processes
 from longtail_experts.tracking.interrupts import delayed_signals, heed, stop_if_heeded
 from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.model import prepare_expert_model
@@ -80,7 +81,11 @@ def run_one(
 def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
     """A parent run with one child an expert. A failed child does not stop the others; the
     parent then fails, naming it."""
-    with experts.start_parent_run(config, existing) as parent:
+    num_drawing = len(LOSS_NAMES) if trains_at_once(config) else 0
+    with (
+        experts.start_parent_run(config, existing) as parent,
+        drawing_processes(num_drawing),
+    ):
         offer_to_resume(parent)
         if existing is None:
             experts.describe_begun_parent(parent, config)

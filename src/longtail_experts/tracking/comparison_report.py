@@ -8,8 +8,9 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from longtail_experts.tracking.comparison import (
     reliability_panels,
     standard_errors,
 )
+from longtail_experts.tracking.drawing import draw
 from longtail_experts.tracking.report import plain
 from longtail_experts.tracking.runs import Run, link_to_artifact
 
@@ -215,66 +217,69 @@ def as_csv(members: Sequence[Member]) -> str:
 # --- pictures ---------------------------------------------------------------------------------
 
 
-def draw(
+def pictures(
     members: Sequence[Member], result: Together | None, posthoc: Posthoc, folder: Path
 ) -> list[Picture]:
     """The figures as files in `folder`, with their captions."""
-    first, drawn = members[0], []
+    first, drawn, drawings = members[0], [], []
 
-    def picture(name: str, caption: str) -> Path:
+    def picture(name: str, caption: str, figure: Callable[..., None], *content: Any) -> None:
         drawn.append(Picture(name, caption))
-        return folder / name
+        drawings.append(partial(figure, *content, folder / name))
 
-    comparison_figures.per_class(
+    picture(
+        "per_class.png",
+        "Recall of argmax f on test_balanced over class frequency.",
+        comparison_figures.per_class,
         {m.label: (recall_of(m), np.array(m.pool_counts)) for m in members},
-        picture("per_class.png", "Recall of argmax f on test_balanced over class frequency."),
     )
     if len({m.pool_counts for m in members}) == 1:  # else head and tail are other classes
         plane, stars, title = head_tail_points(members, result)
         if plane:
-            comparison_figures.head_tail_plane(
+            picture(
+                "head_tail.png",
+                "The trade-off between head and tail; up and to the right is better.",
+                comparison_figures.head_tail_plane,
                 plane,
                 stars,
                 float(first.groups["head"].double().mean()),
                 title,
-                picture(
-                    "head_tail.png",
-                    "The trade-off between head and tail; up and to the right is better.",
-                ),
             )
-    comparison_figures.posthoc(
+    picture(
+        "posthoc.png",
+        "Post-hoc logit adjustment on test_balanced: argmax of f / T + log_offset - tau log prior "
+        "over tau. Tau 0 is the training prior, tau 1 the uniform one; none is selected.",
+        comparison_figures.posthoc,
         posthoc,
+    )
+    if result is not None:
+        titled = f"{result.deployment} prior, {result.split}"
         picture(
-            "posthoc.png",
-            "Post-hoc logit adjustment on test_balanced: argmax of f / T + log_offset - tau log "
-            "prior over tau. Tau 0 is the training prior, tau 1 the uniform one; none is selected.",
-        ),
-    )
-    if result is None:
-        return drawn
-    titled = f"{result.deployment} prior, {result.split}"
-    figures.reliability(
-        reliability_panels(members, result.deployment),
-        picture("reliability.png", f"Reliability under the deployment prior ({titled})."),
-    )
-    if len(members) > 1:
-        comparison_figures.pairs(
+            "reliability.png",
+            f"Reliability under the deployment prior ({titled}).",
+            figures.reliability,
+            reliability_panels(members, result.deployment),
+        )
+    if result is not None and len(members) > 1:
+        picture(
+            "pairs.png",
+            f"Disagreement and error overlap of experts ({titled}).",
+            comparison_figures.pairs,
             [m.label for m in members],
             result.disagreement,
             result.error_overlap,
             f"Experts in pairs ({titled})",
-            picture("pairs.png", f"Disagreement and error overlap of experts ({titled})."),
         )
-        comparison_figures.ensemble(
+        picture(
+            "ensemble.png",
+            f"Every expert converted to the {result.deployment} prior, then combined.",
+            comparison_figures.ensemble,
             {n: result.metrics[n] for n in result.labels},
             {n: result.errors[n] for n in result.labels},
             len(members),
             f"Calibrated experts and their ensembles ({titled})",
-            picture(
-                "ensemble.png",
-                f"Every expert converted to the {result.deployment} prior, then combined.",
-            ),
         )
+    draw(*drawings)
     return drawn
 
 
@@ -314,7 +319,7 @@ def record_comparison(
     sections = described(members, result, posthoc)
     title = f"Comparison of {len(members)} experts: {', '.join(m.label for m in members)}"
     with tempfile.TemporaryDirectory() as scratch:
-        drawn = draw(members, result, posthoc, Path(scratch))
+        drawn = pictures(members, result, posthoc, Path(scratch))
         for picture in drawn:
             run.upload(Path(scratch) / picture.name, "comparison/figures")
         page = html_page(title, notice, sections, drawn, Path(scratch))

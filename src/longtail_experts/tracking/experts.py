@@ -5,6 +5,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from longtail_experts.learning.metrics import (
 )
 from longtail_experts.tracking import charts, figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
+from longtail_experts.tracking.drawing import draw
 from longtail_experts.tracking.identity import code_sha256, processor
 from longtail_experts.tracking.logits import read_logits, require_training_ended
 from longtail_experts.tracking.runs import (
@@ -302,12 +304,8 @@ def record_per_class(run: Run, data: Dataset, recalls: Mapping[str, tuple[Tensor
         rows.append(row)
     run.write_json("tables/per_class.json", rows)
     with run.artifact("figures/per_class_accuracy.png") as path:
-        figures.per_class_accuracy(
-            recalls["test_balanced"][0].numpy(),
-            np.array(pool_counts),
-            groups["head"].numpy(),
-            path,
-        )
+        recall, is_head = recalls["test_balanced"][0].numpy(), groups["head"].numpy()
+        draw(partial(figures.per_class_accuracy, recall, np.array(pool_counts), is_head, path))
 
 
 def record_figures(
@@ -333,7 +331,7 @@ def record_figures(
         for split, q in deployment.items()
     }
     with run.artifact("figures/reliability.png") as path:
-        figures.reliability(panels, path)
+        draw(partial(figures.reliability, panels, path))
 
 
 def record_curves(run: Run, data: Dataset) -> None:
@@ -345,7 +343,8 @@ def record_curves(run: Run, data: Dataset) -> None:
     curves = ["lr", "train/loss", *(f"val/{name}_accuracy" for name in num_images)]
     histories = {name: run.history(name) for name in curves}
     with run.artifact(CURVES) as path:
-        figures.learning_curves(histories, num_images, run.metrics.get("best/step"), path)
+        best = run.metrics.get("best/step")
+        draw(partial(figures.learning_curves, histories, num_images, best, path))
 
 
 def describe_trained(run: Run, config: Config) -> None:

@@ -79,8 +79,9 @@ IMPORTED_LATE = ("mlflow.pyfunc", "torch._inductor.ir", "torch.export._trace")
 
 
 def prepare_expert_model(network: nn.Module, num_classes: int) -> None:
-    """Imports and trace, which `log_expert_model` else does for the first network of an
-    architecture; the network is on the CPU. For a thread that has nothing else to do."""
+    """Imports, trace, and MLflow's list of what is installed, which `log_expert_model` else makes
+    for the first network of an architecture; the network is on the CPU. For a thread that has
+    nothing else to do."""
     network = network.to(memory_format=torch.channels_last)  # as experts come from the device
     for name in IMPORTED_LATE:  # before `own_flags`, for which others may wait
         with contextlib.suppress(ImportError):
@@ -88,6 +89,10 @@ def prepare_expert_model(network: nn.Module, num_classes: int) -> None:
     nothing = torch.zeros(num_classes)
     expert = CalibratedExpert(network, 1.0, nothing, nothing.exp()).eval()
     _traced(expert, torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
+    # Not among the imports of this module: internal to MLflow, and nothing else needs it.
+    from mlflow.utils.requirements_utils import warn_dependency_requirement_mismatches
+
+    warn_dependency_requirement_mismatches(_requirements())
 
 
 def log_expert_model(
@@ -115,7 +120,6 @@ def log_expert_model(
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(prior)))]),
         params=ParamSchema([ParamSpec("prior", "string", "uniform")]),
     )
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "mlflow": mlflow.__version__}
 
     def log_whole() -> None:
         if _is_logged(run):
@@ -131,7 +135,7 @@ def log_expert_model(
             pytorch_model=expert,
             signature=signature,
             input_example=images.numpy(),
-            pip_requirements=[f"{name}=={v.split('+')[0]}" for name, v in versions.items()],
+            pip_requirements=_requirements(),
             code_paths=[served_expert.__file__],
             serialization_format="pt2",
             validate_serving_input=False,  # takes seconds, to open what was just written
@@ -139,6 +143,11 @@ def log_expert_model(
         )
 
     patiently(log_whole, patience())
+
+
+def _requirements() -> list[str]:
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "mlflow": mlflow.__version__}
+    return [f"{name}=={version.split('+')[0]}" for name, version in versions.items()]
 
 
 def _is_logged(run: Run) -> bool:
