@@ -27,7 +27,7 @@ from longtail_experts.stages.inputs import (
     state_before_training,
 )
 from longtail_experts.stages.train import Selection
-from longtail_experts.tracking import experts
+from longtail_experts.tracking import experts, sweeps
 from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import Run, RunError, claimed
 
@@ -66,6 +66,8 @@ def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys)
     with pytest.raises(RunError, match="calibrate it first"):
         load_expert_logits(run_id)
 
+    experiment = trained.info.experiment_id
+    assert sweeps.finished_experts(experiment) == {}
     assert main(["calibrate", "--run_id", run_id]) == 0
     calibrated = only_run()
     assert calibrated.info.status == trained.info.status == "FINISHED"
@@ -73,7 +75,10 @@ def test_train_then_calibrate_equals_main(store, trained, three_experts, capsys)
 
     assert_same_logits(store, run_id, three_experts, "ce")
 
-    experiment = mlflow.get_experiment_by_name("tests").experiment_id
+    key = (trained.data.tags["config_sha256"], trained.data.params["splits_sha256"])
+    found = sweeps.finished_experts(experiment)  # which a sweep does not train again
+    assert {key: run.info.run_id for key, run in found.items()} == {key: run_id}
+
     (pointer,) = MlflowClient().search_runs([experiment], "tags.stage = 'calibrate'")
     tags = {k: v for k, v in pointer.data.tags.items() if not k.startswith("mlflow.")}
     assert tags == {"stage": "calibrate", "source_run_id": run_id, **process_tags()}
@@ -356,3 +361,4 @@ def test_what_a_calibration_finds_is_of_its_own_code_and_says_so(trained_briefly
     assert run.tags["calibrated.code_sha256"] == "0" * 64
     assert run.tags["code_sha256"] != "0" * 64
     assert not [name for name in run.tags if name.startswith("calibrated.git")]
+    assert sweeps.finished_experts(run.experiment_id) == {}

@@ -67,14 +67,17 @@ def experiment_here() -> str | None:
 
 
 def finished_experts(experiment: str | None) -> dict[Key, mlflow.entities.Run]:
-    """The newest finished expert of `main`, under today's code, of each config and splits."""
+    """The newest finished expert of each config and splits, under today's code throughout: of
+    `main`, or of `train` and `calibrate`."""
     found = {}
     for run in _runs(experiment, f"tags.code_sha256 = '{code_sha256()}'"):
         tags = run.data.tags
         if (
-            (tags.get("stage"), tags.get("calibrated")) == ("main", "true")
+            tags.get("stage") in ("main", "train")
+            and tags.get("calibrated") == "true"
             and run.info.status == "FINISHED"
-            and "resumed.code_sha256" not in tags  # began under today's code and went on otherwise
+            # Began under today's code, and under other code went on or was calibrated.
+            and not {"resumed.code_sha256", "calibrated.code_sha256"} & tags.keys()
         ):
             found[tags.get("config_sha256", ""), run.data.params.get("splits_sha256", "")] = run
     return found
