@@ -74,14 +74,22 @@ def test_where_there_can_be_no_other_processes_this_one_draws(tmp_path, monkeypa
     assert (tmp_path / "who").read_text().startswith(f"{os.getpid()} ")
 
 
+WAIT_FOR = """
+import os, time
+until = time.monotonic() + 20
+while not os.path.exists(path):
+    assert time.monotonic() < until
+    time.sleep(0.01)
+"""
+
+
 def test_an_expert_that_waits_for_a_figure_leaves_its_turn_to_the_others(tmp_path):
     """Each of two waits for a file that the other one's thread writes only once it has the turn."""
     names = ("first", "second")
 
     def work(mine, other):
         (tmp_path / mine).touch()
-        wait_for = "import os, time\nwhile not os.path.exists(path): time.sleep(0.01)"
-        draw(partial(exec, wait_for, {"path": str(tmp_path / other)}))
+        draw(partial(exec, WAIT_FOR, {"path": str(tmp_path / other)}))
         return mine
 
     with drawing_processes(2):
