@@ -8,6 +8,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -350,6 +351,62 @@ def test_interpreted_kernels_equal_pytorchs_operators():
     )
 
 
+def compiled_for_a_gpu_that_is_not_here() -> None:
+    """Triton needs none to compile, only to start what it compiled: that would raise here."""
+    import triton.compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime._async_compile import active_mode
+
+    gpu = {"target": GPUTarget("cuda", 90, 32), "device": 0}
+    driver.set_active(
+        SimpleNamespace(
+            **{f"get_current_{name}": lambda value=value: value for name, value in gpu.items()},
+            get_current_stream=lambda device: 0,
+        )
+    )
+    fails, threads, compile_it = [True], Counter(), triton.compiler.compile
+
+    def noting(*arguments, **settings):
+        threads[threading.current_thread().name.rstrip("_0123456789")] += 1
+        if fails[0]:
+            raise RuntimeError("PTX is not what it was")
+        return compile_it(*arguments, **settings)
+
+    def kernels(model):
+        return {m: kernel_of(m) for m in model.modules() if kernel_of(m) is not None}
+
+    pair = NormThenConv(Norm(16), Conv(16, 16)).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 16, 8, 8).to(torch.bfloat16, memory_format=torch.channels_last)
+    images.moments = fused_module.moments_of(images)
+    num_kernels = 6  # a layer's output, gradient of its input; of weights, in two
+    with (
+        mock.patch.object(fused_module, "fusible", kernels),
+        mock.patch.object(triton.compiler, "compile", noting),
+    ):
+        for fails[0], expected in ((True, num_kernels), (False, num_kernels), (False, 0)):
+            threads.clear()
+            fused_module.compile_together([(pair, [images])])
+            assert threads == Counter(compile=expected)
+            assert active_mode.get() is None
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="PyTorch comes without Triton here")
+def test_kernels_are_compiled_in_threads_and_not_started_there(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run(
+        [sys.executable, "-c", "import test_fused as t; t.compiled_for_a_gpu_that_is_not_here()"],
+        env={
+            **environment,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "TRITON_CACHE_DIR": str(tmp_path),
+        },
+        cwd=Path(__file__).parent,
+        check=True,
+        timeout=600,
+    )
+
+
 def test_a_convolution_is_compared_on_what_autocast_makes_of_its_input(monkeypatch):
     """The first one gets images in float32."""
     model = build_resnet32(10, "pad", seed=0)
@@ -393,3 +450,14 @@ def test_on_a_gpu_kernels_equal_pytorchs_operators(dtype, tolerance):
     if dtype == torch.bfloat16:  # the only one that takes them
         require_same_convolutions("cuda", dtype, tolerance)
         require_same_pairs("cuda", dtype, fused_module.LAYER_APART)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_compiled_in_threads_equal_pytorchs_operators():
+    """Of a size that no other test takes."""
+    pair = NormThenConv(Norm(32), Conv(32, 32)).to("cuda", memory_format=torch.channels_last)
+    images = torch.randn(3, 32, 24, 24, device="cuda")
+    images = images.to(torch.bfloat16, memory_format=torch.channels_last)
+    images.moments = fused_module.moments_of(images)
+    fused_module.compile_together([(pair, [images])])
+    require_same_layer(pair, [images])

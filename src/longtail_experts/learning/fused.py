@@ -1,8 +1,9 @@
 """Which modules of a network take the kernels that were written for them, and when."""
 
 import copy
+import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 from longtail_experts.learning.layers import Conv, Norm, as_autocast_has_it
 
+log = logging.getLogger(__name__)
+
 WIDTHS = (16, 32, 64)  # channels that convolutions have kernels for, and 3 going in
 # How far a result may be from that of the same inputs in float64, lengths as in Euclid. bf16
 # rounds a value to 2^-9; a pixel, a tap or a part that is left out is ten times as much away.
 LAYER_APART = 1e-2
+COMPILERS = 8  # threads
 _same: set[tuple] = set()  # kinds of module, and of input, that were found to agree
 
 
@@ -76,9 +80,28 @@ class NormThenConv(nn.Module):
 def require_same_layers(model: nn.Module, run: Callable[[], None]) -> None:
     """ValueError unless the kernels do what PyTorch does, forward and backward, with what comes to
     each kind of layer while `run` takes a training step of `model`. Once a process."""
-    for kind, (module, inputs) in layers_in(model, run, known=_same).items():
+    layers = layers_in(model, run, known=_same)
+    if next(model.parameters()).is_cuda:
+        try:
+            compile_together(layers.values())
+        except Exception as error:  # they are compiled when they are started, as ever
+            log.debug("kernels are not compiled together: %s", error)
+    for kind, (module, inputs) in layers.items():
         require_same_layer(module, inputs)
         _same.add(kind)
+
+
+def compile_together(layers: Iterable[Layer]) -> None:
+    """In threads what their comparison on a GPU compiles else, one kernel after another, when it
+    starts them: half a minute where none is in Triton's cache."""
+    from longtail_experts.learning.fused_norm import compiled_together
+
+    # Backward passes in this thread too, which is the one that starts nothing.
+    with compiled_together(COMPILERS), torch.autograd.set_multithreading_enabled(False):
+        for module, inputs in layers:
+            trial = copy.deepcopy(module)
+            with fused(trial):
+                _results(trial, inputs, torch.Generator(inputs[0].device))
 
 
 def layers_in(

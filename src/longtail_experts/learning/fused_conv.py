@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from longtail_experts.learning.fused_norm import (
     Normed,
     counter_of,
+    launch,
     mean_and_inverse,
     memory_for_sums,
     sum_up_gradients,
@@ -258,7 +259,9 @@ def _convolved(x: Tensor, weight: Tensor, conv: nn.Module) -> tuple[Tensor, Tens
     num_pixels, pixels = y.numel() // channels, TILE // channels
     num_parts = triton.cdiv(num_pixels, pixels)
     partial, parts = memory_for_sums(y, num_parts)
-    _convolve[(num_parts,)](
+    launch(
+        _convolve,
+        (num_parts,),
         *(x, weight, y, partial, counter_of(conv), moments, num_pixels, num_parts),
         **_kind(y, weight, stride),
         PIXELS=pixels,
@@ -289,7 +292,9 @@ def _input_gradient(
         before, eps = (normed.x, normed.moments), norm.eps
         sums = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
         normed.sums = (dx, *sums)
-    _input_gradients[(num_parts,)](
+    launch(
+        _input_gradients,
+        (num_parts,),
         *(dy, weight, dx if other is None else other, dx, x, *before, eps),
         *(partial, counter_of(conv), *sums, num_pixels, num_parts),
         **_kind(x, weight, conv.stride[0]),
@@ -312,7 +317,9 @@ def _weight_gradient(x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> Tens
     partial = x.new_empty((num_parts, num_weights), dtype=torch.float32)
     dw = torch.empty_like(weight)  # keeps channels last
     taps = _taps(weight, weight.shape[2])
-    _weight_sums[(num_parts, triton.cdiv(weight.shape[2] ** 2, taps["NUM"]))](
+    launch(
+        _weight_sums,
+        (num_parts, triton.cdiv(weight.shape[2] ** 2, taps["NUM"])),
         *(x, dy, partial, num_pixels),
         **_kind(dy, weight, stride),
         **taps,
@@ -323,8 +330,13 @@ def _weight_gradient(x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> Tens
     )
     parts = triton.next_power_of_2(num_parts)
     together = max(16, SUMMED // parts)
-    _sum_parts[(triton.cdiv(num_weights, together),)](
-        *(partial, dw, num_weights, num_parts), PARTS=parts, TOGETHER=together, num_warps=4
+    launch(
+        _sum_parts,
+        (triton.cdiv(num_weights, together),),
+        *(partial, dw, num_weights, num_parts),
+        PARTS=parts,
+        TOGETHER=together,
+        num_warps=4,
     )
     return dw
 

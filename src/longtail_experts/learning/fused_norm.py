@@ -13,7 +13,12 @@ that comes last adds those of all parts, in their order.
 Triton comes with PyTorch's builds for CUDA on Linux. TRITON_INTERPRET=1 runs all of this on a CPU.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +34,8 @@ NUM_WARPS = 4
 # How many programs of the kernel that runs on a layer have written down their part. The last one
 # puts it back to 0.
 _arrived: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+_compiles_alone: ContextVar[bool] = ContextVar("compiles_alone", default=False)
 
 
 @dataclass
@@ -330,12 +337,17 @@ class FusedNorm(torch.autograd.Function):
         if moments is None:
             moments = x.new_empty((2, x.shape[1]), dtype=torch.float32)
             num_rows, partial, parts = _parts(x)
-            _moments[(len(partial),)](
-                *(x, partial, counter_of(norm), moments, num_rows, len(partial)), **parts
+            launch(
+                _moments,
+                (len(partial),),
+                *(x, partial, counter_of(norm), moments, num_rows, len(partial)),
+                **parts,
             )
         y = torch.empty_like(x)
         num_rows, num_programs, tile = _tiles(x)
-        _normalise[(num_programs,)](
+        launch(
+            _normalise,
+            (num_programs,),
             *(x, added if ctx.adds else x, y, moments, weight, bias),
             *(norm.running_mean, norm.running_var, norm.num_batches_tracked),
             *(num_rows, norm.momentum, norm.eps),
@@ -358,7 +370,9 @@ class FusedNorm(torch.autograd.Function):
         if sums is None:
             sums = torch.empty_like(weight), torch.empty_like(bias)
             num_rows, partial, parts = _parts(x)
-            _gradient_sums[(len(partial),)](
+            launch(
+                _gradient_sums,
+                (len(partial),),
                 *(*before, partial, counter_of(norm), *sums, num_rows, len(partial)),
                 **kind,
                 **parts,
@@ -367,7 +381,9 @@ class FusedNorm(torch.autograd.Function):
         dx = torch.empty_like(x)
         dadded = torch.empty_like(x) if ctx.adds else None
         num_rows, num_programs, tile = _tiles(x)
-        _gradients[(num_programs,)](
+        launch(
+            _gradients,
+            (num_programs,),
             *(*before, dweight, dbias, dx, dadded if ctx.adds else dx, num_rows),
             **kind,
             **tile,
@@ -395,6 +411,33 @@ def _tiles(x: Tensor) -> tuple[int, int, dict[str, int]]:
     rows, num_rows = TILE // channels, x.numel() // channels
     tile = {"ROWS": rows, "C": channels, "num_warps": NUM_WARPS}
     return num_rows, triton.cdiv(num_rows, rows), tile
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start a kernel; in `compiled_together` compile it alone."""
+    if _compiles_alone.get():
+        kernel.warmup(*arguments, grid=grid, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+@contextmanager
+def compiled_together(num_threads: int) -> Iterator[None]:
+    """In here `launch` starts nothing in this thread: kernels are compiled, by so many threads, and
+    all are at the end; results hold whatever was in memory.
+
+    Who starts them afterwards loads them, one after another: Triton's launchers are not made for
+    threads.
+    """
+    with (
+        ThreadPoolExecutor(num_threads, "compile") as threads,
+        triton.AsyncCompileMode(threads, ignore_errors=True),  # whoever starts one meets its own
+    ):
+        token = _compiles_alone.set(True)
+        try:
+            yield
+        finally:
+            _compiles_alone.reset(token)
 
 
 def counter_of(layer: nn.Module) -> Tensor:
