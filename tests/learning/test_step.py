@@ -317,7 +317,7 @@ def test_autocast_keeps_no_weights_of_the_step_before():
 
 
 def long_run(**changes):
-    return {"batch_size": 8, "planned_images": COMPILE_REPAID_AFTER, **changes}
+    return {"batch_size": 8, "planned_images": COMPILE_REPAID_AFTER["fp32"], **changes}
 
 
 @pytest.mark.parametrize(
@@ -325,8 +325,10 @@ def long_run(**changes):
     [
         ("fp32", {}, "compiled"),
         ("fp32", {"fast": False}, "plain"),
-        ("fp32", {"planned_images": COMPILE_REPAID_AFTER - 1}, "plain"),
-        ("bf16", {}, "plain"),
+        ("fp32", {"planned_images": COMPILE_REPAID_AFTER["fp32"] - 1}, "plain"),
+        ("bf16", {"planned_images": COMPILE_REPAID_AFTER["bf16"]}, "compiled"),
+        ("bf16", {"fast": False}, "plain"),
+        ("bf16", {"planned_images": COMPILE_REPAID_AFTER["bf16"] - 1}, "plain"),
     ],
 )
 def test_only_a_run_that_repays_it_is_compiled(precision, changes, path, monkeypatch):

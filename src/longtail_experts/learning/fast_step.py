@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail_experts.learning.backend import own_flags
-from longtail_experts.learning.fused import fused, fusible, require_same_layers
+from longtail_experts.learning.fused import Kernels, fused, fusible, require_same_layers
 
 WARM_UP = 3  # steps before a recording, in which libraries choose kernels and allocate
 CHECK_LR = 0.01  # small enough for any state to survive a step of the check
@@ -41,7 +41,6 @@ LOGITS_APART = 1e-4  # relative, lengths as in Euclid; rounding gives some 1e-6
 
 Batch = tuple[Tensor | tuple[Tensor, ...], ...]
 Step = Callable[[Any, Batch, float | Tensor], Tensor]  # (state, batch, lr) -> loss, on the device
-Kernels = Callable[[nn.Module], AbstractContextManager]  # of a network, inside a context
 Recorder = Callable[[Callable[[], None]], Callable[[], Any]]  # what to do -> to do it once more
 
 

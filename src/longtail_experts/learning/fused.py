@@ -24,6 +24,7 @@ _same: set[tuple] = set()  # kinds of module, and of input, that were found to a
 
 
 Kernel = Callable[..., Tensor]
+Kernels = Callable[[nn.Module], AbstractContextManager]  # of a network, inside a context
 
 
 def fusible(model: nn.Module) -> dict[nn.Module, Kernel]:
@@ -153,9 +154,9 @@ def moments_of(x: Tensor) -> Tensor:
     return torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)])
 
 
-def require_same_layer(module: nn.Module, inputs: list[Tensor]) -> None:
+def require_same_layer(module: nn.Module, inputs: list[Tensor], kernels: Kernels = fused) -> None:
     """`require_same_layers` of one module, which is left as it is."""
-    for name, apart in how_far_from_float64(module, inputs, fused).items():
+    for name, apart in how_far_from_float64(module, inputs, kernels).items():
         if not apart <= LAYER_APART:
             raise ValueError(
                 f"{name} of {module} is {apart:.2g} of its length away from PyTorch's (at most "
@@ -166,7 +167,7 @@ def require_same_layer(module: nn.Module, inputs: list[Tensor]) -> None:
 def how_far_from_float64(
     module: nn.Module,
     inputs: list[Tensor],
-    kernels: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+    kernels: Kernels = nullcontext,
 ) -> dict[str, float]:
     """Of all that comes out of a training pass of the module, forward and backward: how far it is
     from that of the same inputs in float64, as a share of its length. PyTorch's, or that of

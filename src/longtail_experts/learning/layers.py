@@ -67,6 +67,9 @@ class Norm(nn.BatchNorm2d):
             if added is not None:
                 added = added.contiguous(memory_format=torch.channels_last)
             return self.fused(x, added, self.weight, self.bias, self, self.relu)
+        return self.plain(x, added)
+
+    def plain(self, x: Tensor, added: Tensor | None) -> Tensor:
         out = super().forward(x)
         if added is not None:
             out += added

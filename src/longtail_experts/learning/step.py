@@ -18,11 +18,12 @@ from longtail_experts.learning.fast_step import (
     RecordedSteps,
 )
 from longtail_experts.learning.losses import Objective
+from longtail_experts.learning.norm_bf16 import compile_norms
 
-# In fp32, compiling takes 10-60 s and saves about 0.6 ms an image on a processor without bf16
-# instructions (benchmarks/README.md): it has repaid itself, twice over, after this many images. In
-# bf16 it saves nothing: batch norm and activations are as fast without.
-COMPILE_REPAID_AFTER = 200_000
+# Compiling has repaid itself, twice over, after this many images (benchmarks/README.md). In fp32,
+# PyTorch's compiler takes 10-60 s and saves about 0.6 ms an image. In bf16 it saves nothing;
+# compiling batch norms of this project takes 2 s and saves 0.2 ms.
+COMPILE_REPAID_AFTER = {"fp32": 200_000, "bf16": 20_000}
 
 
 class NonFiniteLossError(RuntimeError):
@@ -40,7 +41,8 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.SGD
-    compiled_batch: int | None = None  # batches of this size go through compiled code
+    is_compiled: bool = False
+    compiled_batch: int | None = None  # whole networks are for batches of one size
     recorded: RecordedSteps | None = None  # takes the steps, where there is one
     passes: RecordedPasses | None = None  # the same for forward passes of validations
     step: int = 0
@@ -54,7 +56,7 @@ class TrainState:
         those of PyTorch's, "compiled", or "plain" for one operator of PyTorch after another."""
         if self.recorded is not None:
             return "fused" if self.recorded.is_fused else "graph"
-        return "plain" if self.compiled_batch is None else "compiled"
+        return "compiled" if self.is_compiled else "plain"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C] of normalised images [B, 3, H, W]."""
@@ -93,20 +95,22 @@ def start_training(
     """The state before the first step, on `device`.
 
     With `fast`, steps on a GPU are recorded and replayed, with `fused` those of this project's
-    kernels; on a CPU, a training in fp32 of `planned_images` (epochs x images) that is long enough
-    to repay it compiles the step for batches of `batch_size`. That depends on these arguments
-    alone, never on a timing, so that two runs of one seed take the same steps.
+    kernels; on a CPU, a training of `planned_images` (epochs x images) that is long enough to repay
+    it is compiled: in fp32 the network, for batches of `batch_size`, in bf16 its batch norms. That
+    depends on these arguments alone, never on a timing, so that two runs of one seed take the same
+    steps.
     """
-    is_long = planned_images >= COMPILE_REPAID_AFTER
-    worthwhile = fast and device == "cpu" and precision == "fp32" and is_long
-    compiled = worthwhile and _compiles(model, batch_size)
+    is_long = planned_images >= COMPILE_REPAID_AFTER[precision]
+    compiles = fast and device == "cpu" and is_long
+    is_compiled = compiles and _compiles(model, precision, batch_size)
+    compiled_batch = batch_size if is_compiled and precision == "fp32" else None
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
     recorded = RecordedSteps(fuses=fused) if replays(device, fast) else None
     passes = recorded_passes(device, fast)
-    return TrainState(model, optimizer, batch_size if compiled else None, recorded, passes)
+    return TrainState(model, optimizer, is_compiled, compiled_batch, recorded, passes)
 
 
 def replays(device: str, fast: bool) -> bool:
@@ -119,18 +123,25 @@ def recorded_passes(device: str, fast: bool) -> RecordedPasses | None:
     return RecordedPasses() if replays(device, fast) else None
 
 
-def _compiles(model: nn.Module, batch_size: int) -> bool:
-    """Compile the forward and backward pass on a copy; False, with a warning, where that fails."""
-    trial = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
-    images = torch.zeros(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+def _compiles(model: nn.Module, precision: str, batch_size: int) -> bool:
+    """Compile what training passes take; False, with a warning, where that fails."""
     try:
-        with exact_float32():
-            _compiled()(trial, images).float().sum().backward()
+        if precision == "bf16":
+            compile_norms(model)
+        else:
+            _compile_network(model, batch_size)
     except Exception as error:  # a missing C++ compiler, a full disk, a bug: all leave plain steps
         reason = str(error).strip().split("\n")[0]
         warnings.warn(f"training steps are not compiled, and slower: {reason}", stacklevel=3)
         return False
     return True
+
+
+def _compile_network(model: nn.Module, batch_size: int) -> None:
+    trial = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
+    images = torch.zeros(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with exact_float32():
+        _compiled()(trial, images).float().sum().backward()
 
 
 def as_it_is(*batch: Tensor) -> Batch:

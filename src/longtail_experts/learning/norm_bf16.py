@@ -1,0 +1,139 @@
+"""Batch norm, what is added to it and ReLU for training steps in bf16 on a CPU, in C++.
+
+PyTorch takes a quarter of a step for them, this code a tenth (benchmarks/README.md). A process
+compiles `norm_bf16.cpp` once, for the processor that it runs on, which takes a second or two.
+"""
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+import tempfile
+from contextlib import nullcontext
+from ctypes import c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longtail_experts.learning.fused import require_same_layer
+from longtail_experts.learning.layers import Norm
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+CHANNELS = (16, 32, 64)  # that it is written for
+COMPILER = "c++"  # unless the environment names another, as CXX
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-trapping-math", "-fopenmp")
+OPENMP = ("libgomp", "libiomp", "libomp")  # its libraries
+
+
+def compile_norms(model: nn.Module) -> None:
+    """Training passes of `model` in bf16 take this code for batch norms, from now on.
+
+    RuntimeError, OSError or ValueError, with the model as it was, where it cannot be compiled, or
+    does something else than PyTorch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, Norm) and m.num_features in CHANNELS]
+    for channels in {norm.num_features for norm in norms}:
+        _require_same(channels)
+    for norm in norms:
+        norm.fused = compiled_norm
+
+
+def compiled_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, norm: Norm, relu: bool
+) -> Tensor:
+    """What `norm` makes of x, and its running statistics, in a training pass."""
+    if x.dtype != torch.bfloat16 or (added is not None and added.dtype != x.dtype):
+        return norm.plain(x, added)
+    return NormBF16.apply(x, added, weight, bias, norm, relu)
+
+
+@functools.cache
+def _require_same(channels: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    norm = Norm(channels)
+    norm.fused = compiled_norm
+    for number in (1, 2):  # without what is added, and with it
+        shape = (5, channels, 6, 6)
+        inputs = [torch.randn(shape, generator=random).bfloat16() for _ in range(number)]
+        require_same_layer(norm, inputs, nullcontext)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    compiler = shlex.split(os.environ.get("CXX") or COMPILER)
+    before = _openmp_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "norm_bf16.so")
+        try:
+            made = subprocess.run(
+                [*compiler, *FLAGS, "-shared", "-fPIC", SOURCE, "-o", path],
+                check=False,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
+        except FileNotFoundError:
+            raise RuntimeError(
+                f"there is no C++ compiler {compiler[0]!r} (CXX names another)"
+            ) from None
+        if made.returncode != 0:
+            said = made.stderr.strip().split("\n")
+            reason = next((line for line in said if "error" in line), said[-1])
+            raise RuntimeError(f"{shlex.join(compiler)} failed: {reason}")
+        library = ctypes.CDLL(str(path))
+    if more := _openmp_libraries() - before:
+        # Its threads would wait for work on the cores that PyTorch's compute on.
+        raise RuntimeError(f"what {shlex.join(compiler)} compiles needs threads of its own: {more}")
+    numbers = [c_double, c_int, c_int]
+    library.norm_forward.argtypes = [c_int, c_int64, *[c_void_p] * 8, c_double, *numbers]
+    library.norm_backward.argtypes = [c_int, c_int64, *[c_void_p] * 10, *numbers]
+    library.norm_forward.restype = library.norm_backward.restype = None
+    return library
+
+
+def _openmp_libraries() -> set[str]:
+    """Those of this process, where Linux says which."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    files = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
+    return {file for file in files if Path(file).name.startswith(OPENMP)}
+
+
+class NormBF16(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, added, weight, bias, norm, relu):
+        channels = x.shape[1]
+        y, moments = torch.empty_like(x), weight.new_empty((2, channels))
+        _library().norm_forward(
+            *(channels, x.numel() // channels, *_at(x, added, y, moments, weight, bias)),
+            *(*_at(norm.running_mean, norm.running_var), norm.momentum, norm.eps),
+            *(relu, torch.get_num_threads()),
+        )
+        norm.num_batches_tracked.add_(1)
+        ctx.adds, ctx.relu, ctx.eps = added is not None, relu, norm.eps
+        ctx.save_for_backward(x, y if ctx.adds and relu else None, weight, bias, moments)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, y, weight, bias, moments = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        dadded = torch.empty_like(x) if y is not None else None
+        _library().norm_backward(
+            *(x.shape[1], x.numel() // x.shape[1], *_at(dy, x, y, dx, dadded)),
+            *(*_at(moments, weight, bias, dweight, dbias), ctx.eps),
+            *(ctx.relu, torch.get_num_threads()),
+        )
+        if ctx.adds and not ctx.relu:
+            dadded = dy
+        return dx, dadded, dweight, dbias, None, None
+
+
+def _at(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
