@@ -179,16 +179,22 @@ def how_far_from_float64(
     random = torch.Generator(inputs[0].device).manual_seed(0)
     with kernels(trial):
         found = _results(trial, inputs, random)
-    expected = _results(exact.double(), [x.double() for x in inputs], random.manual_seed(0))
+    exact, exactly = exact.double(), [x.double() for x in inputs]
+    expected = _results(exact, exactly, random.manual_seed(0), inputs[0].dtype)
     return {
         name: float((found[name].double() - values).norm() / (values.double().norm() + 1e-12))
         for name, values in expected.items()
     }
 
 
-def _results(module: nn.Module, inputs: list[Tensor], random: torch.Generator) -> dict[str, Tensor]:
-    """Output, and the gradients for a random one of it; statistics as they are then, and those that
-    a convolution hands on."""
+def _results(
+    module: nn.Module,
+    inputs: list[Tensor],
+    random: torch.Generator,
+    gradients_in: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Output, and the gradients for a random one of it, which has values of the inputs' type or
+    another; statistics as they are then, and those that a convolution hands on."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     if hasattr(inputs[0], "moments"):
         leaves[0].moments = inputs[0].moments
@@ -197,8 +203,8 @@ def _results(module: nn.Module, inputs: list[Tensor], random: torch.Generator) -
         out = module.train()(*leaves)
         outputs = out if isinstance(out, tuple) else (out,)
         gradients = [torch.randn(y.shape, generator=random, device=y.device) for y in outputs]
-        # The same values for both, in the memory order that the next layer's would have.
-        order = {"dtype": dtype, "memory_format": torch.channels_last}
+        # In the memory order that the next layer's would have.
+        order = {"dtype": gradients_in or dtype, "memory_format": torch.channels_last}
         torch.autograd.backward(
             outputs, [dy.to(**order).to(y.dtype) for dy, y in zip(gradients, outputs, strict=True)]
         )

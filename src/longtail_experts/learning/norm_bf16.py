@@ -55,7 +55,7 @@ def _require_same(channels: int) -> None:
     norm = Norm(channels)
     norm.fused = compiled_norm
     for number in (1, 2):  # without what is added, and with it
-        shape = (5, channels, 6, 6)
+        shape = (5, channels, 30, 30)  # some blocks of every part, and the beginning of one
         inputs = [torch.randn(shape, generator=random).bfloat16() for _ in range(number)]
         require_same_layer(norm, inputs, nullcontext)
 
@@ -76,17 +76,15 @@ def _library() -> ctypes.CDLL:
                 errors="replace",
             )
         except FileNotFoundError:
-            raise RuntimeError(
-                f"there is no C++ compiler {compiler[0]!r} (CXX names another)"
-            ) from None
+            raise RuntimeError(f"no C++ compiler {compiler[0]!r}; CXX names another") from None
         if made.returncode != 0:
             said = made.stderr.strip().split("\n")
             reason = next((line for line in said if "error" in line), said[-1])
-            raise RuntimeError(f"{shlex.join(compiler)} failed: {reason}")
+            raise RuntimeError(f"{compiler[0]} failed: {reason}")
         library = ctypes.CDLL(str(path))
-    if more := _openmp_libraries() - before:
-        # Its threads would wait for work on the cores that PyTorch's compute on.
-        raise RuntimeError(f"what {shlex.join(compiler)} compiles needs threads of its own: {more}")
+    if more := sorted(_openmp_libraries() - before):
+        # They would wait for work on the cores that PyTorch's compute on.
+        raise RuntimeError(f"what {compiler[0]} compiles brings threads of its own: {more[0]}")
     numbers = [c_double, c_int, c_int]
     library.norm_forward.argtypes = [c_int, c_int64, *[c_void_p] * 8, c_double, *numbers]
     library.norm_backward.argtypes = [c_int, c_int64, *[c_void_p] * 10, *numbers]

@@ -1,0 +1,262 @@
+"""Batch norm in C++ equals PyTorch's, forward and backward, as closely as bf16 rounds."""
+
+import copy
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longtail_experts.learning import norm_bf16
+from longtail_experts.learning.fused import how_far_from_float64
+from longtail_experts.learning.layers import Norm
+from longtail_experts.learning.norm_bf16 import CHANNELS, compile_norms, compiled_norm
+from longtail_experts.learning.resnet import build_resnet32
+from longtail_experts.learning.step import (
+    COMPILE_REPAID_AFTER,
+    TrainState,
+    start_training,
+    train_step,
+)
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+ROUNDING = 2**-8  # of a value in bf16: twice what it is moved by at most
+
+
+@pytest.fixture
+def compiles_anew(monkeypatch):
+    """What a test changes is compiled, fast, and forgotten."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(norm_bf16, "FLAGS", ("-std=c++17", "-fopenmp"))
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    norm_bf16._library.cache_clear()
+    norm_bf16._require_same.cache_clear()
+
+
+def draw(*shape: int, seed: int = 0, mean: float = 3.0, std: float = 2.0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=random) * std + mean
+    return values.bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def a_norm(channels: int, relu: bool = True, kernel=compiled_norm) -> Norm:
+    random = torch.Generator().manual_seed(channels)
+    norm = Norm(channels, relu=relu)
+    norm.weight.data = torch.rand(channels, generator=random) + 0.5
+    norm.bias.data = torch.randn(channels, generator=random)
+    norm.running_mean.normal_(generator=random)
+    norm.fused = kernel
+    return norm
+
+
+def outcome(norm: Norm, *inputs: Tensor) -> dict[str, Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    y = norm(*leaves)
+    y.backward(draw(*y.shape, seed=9, mean=0.0))
+    gradients = {f"gradient {i}": x.grad for i, x in enumerate([*leaves, *norm.parameters()])}
+    return {"output": y.detach(), **gradients, **dict(norm.named_buffers())}
+
+
+@needs_compiler
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize(
+    ("channels", "images", "side"),
+    # Whole blocks of every part, parts that end within one, and fewer pixels than there are parts.
+    [(16, 128, 32), (16, 37, 19), (32, 5, 6), (32, 1, 5), (64, 9, 8), (64, 2, 1)],
+)
+def test_equals_float64_but_for_rounding(channels, images, side, adds, relu):
+    inputs = [draw(images, channels, side, side, seed=seed) for seed in range(1 + adds)]
+    apart = how_far_from_float64(a_norm(channels, relu), inputs)
+    assert len(apart) == 7 + adds
+    for name, value in apart.items():
+        rounded = "output" in name or "input" in name
+        assert value < (ROUNDING if rounded else 1e-6), name
+
+
+@needs_compiler
+def test_variance_of_values_far_from_zero():
+    """Squares of 100 in float32 would lose a part in a thousand of a variance of 1."""
+    x = draw(64, 16, 32, 32, mean=100.0, std=1.0)
+    norm = a_norm(16)
+    norm.momentum = 1.0
+    norm(x)
+    exact = x.double()
+    torch.testing.assert_close(norm.running_mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.running_var.double(), exact.var((0, 2, 3)), rtol=1e-5, atol=0)
+
+
+@needs_compiler
+def test_the_same_bits_for_any_number_of_threads():
+    inputs = [draw(37, 16, 19, 19, seed=seed) for seed in range(2)]
+    outcomes = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outcomes.append(outcome(a_norm(16), *inputs))
+    torch.set_num_threads(1)
+    for other in outcomes[1:]:
+        assert all(torch.equal(other[name], values) for name, values in outcomes[0].items())
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("adds", [True, False])
+def test_what_is_not_finite_is_not_hidden_by_the_relu(value, adds):
+    inputs = [draw(4, 16, 8, 8, seed=seed) for seed in range(1 + adds)]
+    inputs[0][1, 5, 2, 2] = value
+    found, expected = (
+        outcome(a_norm(16, kernel=kernel), *inputs) for kernel in (compiled_norm, None)
+    )
+    assert found["output"].isnan()[:, 5].all()
+    for name in expected:
+        assert torch.equal(found[name].isnan(), expected[name].isnan()), name
+
+
+@needs_compiler
+def test_other_passes_are_pytorchs():
+    x, added = (draw(4, 16, 8, 8, seed=seed) for seed in range(2))
+    for inputs in ((x.float(),), (x.float(), added.float()), (x, added.float())):
+        found, expected = (
+            outcome(a_norm(16, kernel=kernel), *inputs) for kernel in (compiled_norm, None)
+        )
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
+    evaluated = [a_norm(16, kernel=kernel).eval()(x, added) for kernel in (compiled_norm, None)]
+    assert torch.equal(*evaluated)
+
+
+# --- in a network -----------------------------------------------------------------------------
+
+
+def start(**changes) -> TrainState:
+    settings = {"planned_images": COMPILE_REPAID_AFTER["bf16"], "precision": "bf16", **changes}
+    state = start_training(
+        build_resnet32(5, "projection", seed=0),
+        **{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "device": "cpu", **settings},
+    )
+    state.model.train()
+    return state
+
+
+def all_weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), targets)
+
+
+def losses_of(state: TrainState, num_steps: int = 4, precision: str = "bf16") -> list[float]:
+    random = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(num_steps):
+        images = torch.randn(16, 3, 16, 16, generator=random)
+        targets = torch.randint(5, (16,), generator=random)
+        loss = train_step(state, images, targets, of_logits, 0.01, precision)
+        losses.append(float(loss))
+    return losses
+
+
+@needs_compiler
+def test_a_training_takes_them():
+    state, plain = start(), start(fast=False)
+    assert (state.path, plain.path) == ("compiled", "plain")
+    kernels = {m.fused for m in state.model.modules() if isinstance(m, Norm)}
+    assert kernels == {compiled_norm}
+    assert losses_of(state) == pytest.approx(losses_of(plain), rel=0.02)
+    images = torch.randn(2, 3, 32, 32)
+    again = start(fast=False).model
+    again.load_state_dict(state.model.state_dict())
+    assert torch.equal(state.model.eval()(images), again.eval()(images))
+
+
+@needs_compiler
+def test_a_step_is_about_as_far_from_one_in_float32_as_pytorchs_in_bf16():
+    states = start(), start(fast=False), start(precision="fp32", fast=False)
+    for state, precision in zip(states, ("bf16", "bf16", "fp32"), strict=True):
+        losses_of(state, 1, precision)
+    compiled, plain, exact = (all_weights(state.model) for state in states)
+    assert 0 < (compiled - exact).norm() < 1.25 * (plain - exact).norm()
+
+
+@needs_compiler
+def test_two_trainings_of_one_seed_are_bit_identical():
+    one, other = start(), start()
+    assert losses_of(one) == losses_of(other)
+    weights = other.model.state_dict()
+    assert all(
+        torch.equal(values, weights[name]) for name, values in one.model.state_dict().items()
+    )
+
+
+def refusal() -> str:
+    """Why a training goes on with PyTorch's."""
+    with pytest.warns(UserWarning, match="steps are not compiled, and slower: ") as caught:
+        state = start()
+    assert state.path == "plain"
+    assert all(m.fused is None for m in state.model.modules() if isinstance(m, Norm))
+    (warning,) = caught
+    return str(warning.message).split("slower: ")[1]
+
+
+def test_without_a_compiler(compiles_anew, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -v")
+    assert refusal() == "no C++ compiler 'no-such-compiler'; CXX names another"
+
+
+def test_with_a_compiler_that_fails(compiles_anew, monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler.py"
+    compiler.write_text("import sys; sys.exit('in file x:\\nx.cpp:1: error: no such flag\\nmore')")
+    monkeypatch.setenv("CXX", f"{sys.executable} {compiler}")
+    assert refusal() == f"{sys.executable} failed: x.cpp:1: error: no such flag"
+
+
+@needs_compiler
+def test_with_one_that_brings_threads_of_its_own(compiles_anew, monkeypatch):
+    found = iter([{"libgomp.so.1"}, {"libgomp.so.1", "libomp.so"}])
+    monkeypatch.setattr(norm_bf16, "_openmp_libraries", lambda: next(found))
+    assert refusal() == "what c++ compiles brings threads of its own: libomp.so"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says which libraries there are")
+def test_libraries_of_threads_are_found():
+    assert any("omp" in library for library in norm_bf16._openmp_libraries())
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("value <= 0.f ? 0.f : value", "value"),
+        ("value <= 0.f ? 0.f : gradient", "gradient"),
+        ("if (ADDS) value += wide(also[c]);", ""),
+        ("if (ADDS) masked[c] = rounded(d);", "if (ADDS) masked[c] = gradient[c];"),
+        ("squares[c] / rows - mean * mean", "squares[c] / rows"),
+        ("momentum * (moments[c]", "0.2 * (moments[c]"),
+        ("- of_x[c] * affine.mean[c]", ""),
+        ("row < begin_of(rows, part + 1)", "row < begin_of(rows, part + 1) - 1"),
+        ("bits + 0x7fff + ((bits >> 16) & 1)", "bits + 0x7ffff"),
+    ],
+)
+def test_what_computes_something_else_is_refused(
+    right, wrong, compiles_anew, monkeypatch, tmp_path
+):
+    text = norm_bf16.SOURCE.read_text()
+    assert text.count(right) == 1
+    source = tmp_path / "wrong.cpp"
+    source.write_text(text.replace(right, wrong))
+    monkeypatch.setattr(norm_bf16, "SOURCE", source)
+    assert "of its length away from PyTorch's (at most 0.01)" in refusal()
+
+
+@needs_compiler
+def test_only_what_it_is_written_for_takes_it():
+    layers = nn.Sequential(*(Norm(channels) for channels in (8, *CHANNELS)), nn.BatchNorm2d(16))
+    compile_norms(layers)
+    assert [getattr(layer, "fused", None) for layer in layers] == [None, *[compiled_norm] * 3, None]
+    assert copy.deepcopy(layers)[1].fused is compiled_norm
