@@ -1,5 +1,6 @@
 """What is saved of a figure, and what that takes."""
 
+import pytest
 from matplotlib.figure import Figure
 
 from longtail_experts.tracking import figures
@@ -20,3 +21,15 @@ def test_a_picture_is_that_of_savefig_drawn_once(tmp_path, monkeypatch, drawn_fi
     ours = picture("ours.png", figures.save)
     assert len(drawn) == 1
     assert ours == picture("theirs.png", lambda figure, path, dpi: figure.savefig(path, dpi=dpi))
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_training_loss_of_a_single_epoch_can_be_seen(epochs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, dpi: drawn.append(figure))
+    losses = [(68 * (epoch + 1), 4.0 / (epoch + 1)) for epoch in range(epochs)]
+    histories = {"lr": [(0, 0.4)], "train/loss": losses}
+    figures.learning_curves(histories, {}, None, tmp_path / "learning_curves.png")
+    (line,) = drawn[0].axes[1].lines
+    assert list(zip(*line.get_data(), strict=True)) == losses
+    assert (line.get_marker() == "o") == (epochs == 1)

@@ -1,6 +1,6 @@
 """Batch norm, what is added to it and ReLU for training steps in bf16 on a CPU, in C++.
 
-PyTorch takes a quarter of a step for them, this code a tenth (benchmarks/README.md). A process
+PyTorch takes a fifth of a step for them, this code half of that (benchmarks/README.md). A process
 compiles `norm_bf16.cpp` once, for the processor that it runs on, which takes a second or two.
 """
 

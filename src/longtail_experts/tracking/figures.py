@@ -124,12 +124,14 @@ def learning_curves(
     }
     rows = 1 + any(histories.get(f"val/{group}_accuracy") for group in MARKS)
     figure, axes = new_axes(2, 6.4, 2.5 * rows, rows, font_size=8)
-    rates, last_step = histories["lr"], histories["train/loss"][-1][0]
+    rates, losses = histories["lr"], histories["train/loss"]
+    last_step = losses[-1][0]
     steps, values = zip(*rates, (last_step, rates[-1][1]), strict=True)
     axes[0].plot(steps, values, color=ALL, drawstyle="steps-post")
     axes[0].set(yscale="log", title="Learning rate")
     plain_numbers_on_log_axis(axes[0].yaxis)
-    axes[1].plot(*zip(*histories["train/loss"], strict=True), color=ALL)
+    mark = "o" if len(losses) == 1 else None  # a line of one point is not to be seen
+    axes[1].plot(*zip(*losses, strict=True), color=ALL, marker=mark, ms=3)
     axes[1].set(ylabel="nats", title="Training loss (mean over images)")
     for ax, (title, marks) in zip(axes[2:], panels.items(), strict=False):
         for group, (colour, marker) in marks.items():
