@@ -81,15 +81,18 @@ def test_equals_float64_but_for_rounding(channels, images, side, adds, relu):
 
 
 @needs_compiler
-def test_variance_of_values_far_from_zero():
+@pytest.mark.parametrize("first_pixel", [None, 1000.0])
+def test_variance_of_values_far_from_zero(first_pixel):
     """Squares of 100 in float32 would lose a part in a thousand of a variance of 1."""
     x = draw(64, 16, 32, 32, mean=100.0, std=1.0)
+    if first_pixel is not None:
+        x[0, :, 0, 0] = first_pixel
     norm = a_norm(16)
     norm.momentum = 1.0
     norm(x)
     exact = x.double()
     torch.testing.assert_close(norm.running_mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)
-    torch.testing.assert_close(norm.running_var.double(), exact.var((0, 2, 3)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(norm.running_var.double(), exact.var((0, 2, 3)), rtol=3e-5, atol=0)
 
 
 @needs_compiler

@@ -70,12 +70,14 @@ void for_rows(int64_t rows, int threads, const Do& work) {
         for (int64_t row = begin_of(rows, part); row < begin_of(rows, part + 1); row++) work(row);
 }
 
-// `moments` [2, C]: mean and variance of x. Distances from the first pixel are summed up: of values
-// far from 0 squares would lose what they differ by.
+// `moments` [2, C]: mean and variance of x. Distances from the mean of the first pixels are summed
+// up: of values far from 0 squares would lose what they differ by.
 template <int C>
 void find_moments(const bf16* x, int64_t rows, int threads, float* moments) {
-    float from[C];
-    for (int c = 0; c < C; c++) from[c] = wide(x[c]);
+    float from[C] = {};
+    int64_t first = std::min<int64_t>(BLOCK, rows);
+    for (int64_t row = 0; row < first; row++)
+        for (int c = 0; c < C; c++) from[c] += wide(x[row * C + c]) / first;
     double sums[C], squares[C];
     auto add = [&](int64_t row, float* sum, float* square) {
         const bf16* in = x + row * C;
