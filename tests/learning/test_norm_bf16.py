@@ -3,6 +3,7 @@
 import copy
 import shutil
 import sys
+from itertools import count
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from longtail_experts.learning.step import (
     train_step,
 )
 
+LISTED = norm_bf16.FLAGS
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 ROUNDING = 2**-8  # of a value in bf16: twice what it is moved by at most
 
@@ -36,7 +38,7 @@ def compiles_anew(monkeypatch):
 
 def forget() -> None:
     norm_bf16._library.cache_clear()
-    norm_bf16._require_same.cache_clear()
+    norm_bf16._why_not.cache_clear()
 
 
 def draw(*shape: int, seed: int = 0, mean: float = 3.0, std: float = 2.0) -> Tensor:
@@ -131,6 +133,21 @@ def test_other_passes_are_pytorchs():
         assert all(torch.equal(found[name], values) for name, values in expected.items())
     evaluated = [a_norm(16, kernel=kernel).eval()(x, added) for kernel in (compiled_norm, None)]
     assert torch.equal(*evaluated)
+    of_one_pixel = added[:1, :, :1, :1].contiguous()
+    broadcast = [a_norm(16, kernel=kernel)(x, of_one_pixel) for kernel in (compiled_norm, None)]
+    assert torch.equal(*broadcast)
+    in_bf16 = [a_norm(16, kernel=kernel).bfloat16()(x) for kernel in (compiled_norm, None)]
+    assert torch.equal(*in_bf16)
+    assert a_norm(16)(x[:0]).shape == (0, 16, 8, 8)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        a_norm(16)(of_one_pixel)
+    with pytest.raises(RuntimeError, match="16"):
+        a_norm(16)(draw(4, 32, 8, 8))
+    leaf = x.clone().requires_grad_()
+    squares = a_norm(16)(leaf).float().square().sum()
+    (gradient,) = torch.autograd.grad(squares, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 # --- in a network -----------------------------------------------------------------------------
@@ -219,11 +236,29 @@ def test_with_a_compiler_that_fails(compiles_anew, monkeypatch, tmp_path):
     assert refusal() == f"{sys.executable} failed: x.cpp:1: error: no such flag"
 
 
+def test_with_a_compiler_that_hangs(compiles_anew, monkeypatch):
+    monkeypatch.setattr(norm_bf16, "COMPILER_SECONDS", 0.5)
+    monkeypatch.setenv("CXX", f"{sys.executable} -c 'import time; time.sleep(60)'")
+    assert refusal().endswith("timed out after 0.5 seconds")
+
+
+@needs_compiler
+def test_with_one_that_takes_what_is_not_a_number_for_one(compiles_anew, monkeypatch):
+    monkeypatch.setattr(norm_bf16, "FLAGS", ("-O1", *LISTED))
+    monkeypatch.setenv("CXX", "c++ -ffast-math")
+    test_what_is_not_finite_is_not_hidden_by_the_relu(float("nan"), adds=False)
+
+
 @needs_compiler
 def test_with_one_that_brings_threads_of_its_own(compiles_anew, monkeypatch):
-    found = iter([{"libgomp.so.1"}, {"libgomp.so.1", "libomp.so"}])
-    monkeypatch.setattr(norm_bf16, "_openmp_libraries", lambda: next(found))
-    assert refusal() == "what c++ compiles brings threads of its own: libomp.so"
+    looks = count()
+    monkeypatch.setattr(
+        norm_bf16,
+        "_openmp_libraries",
+        lambda: {"libgomp.so.1", "libomp.so"} if next(looks) else {"libgomp.so.1"},
+    )
+    for _ in range(2):  # it stays there: the next look finds nothing new
+        assert refusal() == "what c++ compiles brings threads of its own: libomp.so"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says which libraries there are")

@@ -12,10 +12,12 @@ import subprocess
 import tempfile
 from contextlib import nullcontext
 from ctypes import c_double, c_int, c_int64, c_void_p
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from longtail_experts.learning.fused import require_same_layer
 from longtail_experts.learning.layers import Norm
@@ -23,46 +25,56 @@ from longtail_experts.learning.layers import Norm
 SOURCE = Path(__file__).with_suffix(".cpp")
 CHANNELS = (16, 32, 64)  # that it is written for
 COMPILER = "c++"  # unless the environment names another, as CXX
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-trapping-math", "-fopenmp")
+# With -ffast-math, as in CXX, PyTorch's own numbers below 1e-38 would become 0 in this process.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-fno-trapping-math", "-fopenmp")
+COMPILER_SECONDS = 120  # that it may take
 OPENMP = ("libgomp", "libiomp", "libomp")  # its libraries
 
 
 def compile_norms(model: nn.Module) -> None:
     """Training passes of `model` in bf16 take this code for batch norms, from now on.
 
-    RuntimeError, OSError or ValueError, with the model as it was, where it cannot be compiled, or
-    does something else than PyTorch.
+    RuntimeError, with the model as it was, where it cannot be compiled, or does something else than
+    PyTorch: once so, always so in this process, and experts of one run take the same steps.
     """
-    norms = [m for m in model.modules() if isinstance(m, Norm) and m.num_features in CHANNELS]
-    for channels in {norm.num_features for norm in norms}:
-        _require_same(channels)
-    for norm in norms:
-        norm.fused = compiled_norm
+    if reason := _why_not():
+        raise RuntimeError(reason)
+    for module in model.modules():
+        if isinstance(module, Norm) and module.num_features in CHANNELS:
+            module.fused = compiled_norm
 
 
 def compiled_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, norm: Norm, relu: bool
 ) -> Tensor:
     """What `norm` makes of x, and its running statistics, in a training pass."""
-    if x.dtype != torch.bfloat16 or (added is not None and added.dtype != x.dtype):
+    kinds = [(t.device.type, t.dtype, t.shape) for t in (x, added) if t is not None]
+    is_known = len(set(kinds)) == 1 and kinds[0][:2] == ("cpu", torch.bfloat16)
+    is_known &= weight.dtype == norm.running_mean.dtype == torch.float32
+    if not is_known or x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
         return norm.plain(x, added)
     return NormBF16.apply(x, added, weight, bias, norm, relu)
 
 
 @functools.cache
-def _require_same(channels: int) -> None:
+def _why_not() -> str | None:
+    """Why this code cannot be used here; None: it can."""
     random = torch.Generator().manual_seed(0)
-    norm = Norm(channels)
-    norm.fused = compiled_norm
-    for number in (1, 2):  # without what is added, and with it
-        shape = (5, channels, 30, 30)  # some blocks of every part, and the beginning of one
-        inputs = [torch.randn(shape, generator=random).bfloat16() for _ in range(number)]
-        require_same_layer(norm, inputs, nullcontext)
+    try:
+        for channels, number in product(CHANNELS, (1, 2)):  # without what is added, and with it
+            norm = Norm(channels)
+            norm.fused = compiled_norm
+            shape = (5, channels, 30, 30)  # some blocks of every part, and the beginning of one
+            inputs = [torch.randn(shape, generator=random).bfloat16() for _ in range(number)]
+            require_same_layer(norm, inputs, nullcontext)
+    except (RuntimeError, ValueError, OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    compiler = shlex.split(os.environ.get("CXX") or COMPILER)
+    compiler = shlex.split(os.environ.get("CXX", "")) or [COMPILER]
     before = _openmp_libraries()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "norm_bf16.so")
@@ -74,13 +86,15 @@ def _library() -> ctypes.CDLL:
                 capture_output=True,
                 text=True,
                 errors="replace",
+                env={**os.environ, "LC_ALL": "C"},  # "error", in English
+                timeout=COMPILER_SECONDS,
             )
         except FileNotFoundError:
             raise RuntimeError(f"no C++ compiler {compiler[0]!r}; CXX names another") from None
         if made.returncode != 0:
             said = made.stderr.strip().split("\n")
             reason = next((line for line in said if "error" in line), said[-1])
-            raise RuntimeError(f"{compiler[0]} failed: {reason}")
+            raise RuntimeError(f"{compiler[0]} failed: {reason or f'code {made.returncode}'}")
         library = ctypes.CDLL(str(path))
     if more := sorted(_openmp_libraries() - before):
         # They would wait for work on the cores that PyTorch's compute on.
@@ -118,6 +132,7 @@ class NormBF16(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, y, weight, bias, moments = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)

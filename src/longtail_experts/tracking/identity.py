@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 DECIDES_FIGURES = (
     "data/*.py",
     "learning/*.py",
+    "learning/*.cpp",
     "stages/inputs.py",
     "stages/train.py",
     "stages/calibrate.py",
