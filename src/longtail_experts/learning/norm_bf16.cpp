@@ -2,7 +2,7 @@
 //
 // A tensor in channels-last memory is a matrix here: rows are pixels, columns are channels. Each way
 // goes over it twice: for sums over the pixels, then for what depends on them. PyTorch goes over it
-// six times, and not with the widest instructions.
+// once more for each of ReLU, what is added, and the variance, and not with the widest instructions.
 //
 // Sums are float over BLOCK rows and double beyond, in PARTS parts that are added in their order:
 // the same for any number of threads. Comparisons are such that what is not a number stays so.
