@@ -25,7 +25,7 @@ from longtail_experts.learning.layers import Norm
 SOURCE = Path(__file__).with_suffix(".cpp")
 CHANNELS = (16, 32, 64)  # that it is written for
 COMPILER = "c++"  # unless the environment names another, as CXX
-# With -ffast-math, as in CXX, PyTorch's own numbers below 1e-38 would become 0 in this process.
+# CXX may bring -ffast-math: PyTorch's own numbers below 1e-38 would become 0 in this process.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-fno-trapping-math", "-fopenmp")
 COMPILER_SECONDS = 120  # that it may take
 OPENMP = ("libgomp", "libiomp", "libomp")  # its libraries
@@ -68,7 +68,7 @@ def _why_not() -> str | None:
             inputs = [torch.randn(shape, generator=random).bfloat16() for _ in range(number)]
             require_same_layer(norm, inputs, nullcontext)
     except (RuntimeError, ValueError, OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
+        return str(error) or type(error).__name__
     return None
 
 
