@@ -1,10 +1,11 @@
-"""The step in every combination of precision, memory order and compiling, in turns on one batch.
+"""The step by precision, memory order and what is compiled, in turns on one batch.
 
     python benchmarks/variants.py
     python benchmarks/variants.py --variants fp32-contiguous bf16-channels_last --n 10
 
-What the project runs was chosen from these (README.md here): by what a processor has, never by
-timing. Images are random: the time of a step does not depend on them.
+`-compiled` is the network by PyTorch's compiler, `-norms` its batch norms by this project. What
+the project runs was chosen from these (README.md here): by what a processor has, never by timing.
+Images are random: the time of a step does not depend on them.
 """
 
 import argparse
@@ -16,20 +17,23 @@ import torch
 from torch.nn import functional as F
 
 from longtail_experts.learning.backend import exact_float32
+from longtail_experts.learning.compiled_norm import compile_norms
 from longtail_experts.learning.resnet import build_resnet32
-from longtail_experts.learning.step import autocast
+from longtail_experts.learning.step import DTYPES, autocast
 
 ORDERS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 VARIANTS = [
-    f"{precision}-{order}{compiled}"
-    for precision, order, compiled in product(("fp32", "bf16"), ORDERS, ("", "-compiled"))
+    f"{precision}-{how}"
+    for precision, how in product(
+        DTYPES, (*ORDERS, "contiguous-compiled", "channels_last-compiled", "channels_last-norms")
+    )
 ]
-WARM_UP = 3  # steps before the first turn; compiling falls into the first of them
+WARM_UP = 3  # steps before the first turn
 
 
 class Variant:
     def __init__(self, name: str, batch_size: int):
-        self.precision, order, *compiled = name.split("-")
+        self.precision, order, *compiles = name.split("-")
         self.model = build_resnet32(100, "projection", 0).to(memory_format=ORDERS[order]).train()
         images = torch.randn(batch_size, 3, 32, 32)
         self.images = images.contiguous(memory_format=ORDERS[order])
@@ -37,7 +41,10 @@ class Variant:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4
         )
-        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        whole = compiles == ["compiled"]
+        self.forward = torch.compile(self.model, dynamic=False) if whole else self.model
+        if compiles == ["norms"]:
+            compile_norms(self.model, DTYPES[self.precision])
 
     def seconds(self) -> float:
         started = time.perf_counter()
@@ -60,10 +67,13 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=5, help="turns of each variant")
     parser.add_argument("--steps", type=int, default=8, help="in a turn, after one that is not")
     options = parser.parse_args()
-    variants = {name: Variant(name, options.batch_size) for name in options.variants}
-    warm_up = {
-        name: sum(variant.seconds() for _ in range(WARM_UP)) for name, variant in variants.items()
-    }
+    variants, warm_up = {}, {}
+    for name in options.variants:
+        started = time.perf_counter()
+        variants[name] = Variant(name, options.batch_size)
+        for _ in range(WARM_UP):
+            variants[name].seconds()
+        warm_up[name] = time.perf_counter() - started
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(options.n):
         for name, variant in variants.items():
@@ -73,8 +83,8 @@ def main() -> None:
     for name, values in rates.items():
         middle, least, most = statistics.median(values), min(values), max(values)
         print(
-            f"{name:28} {middle:6.0f} images/s ({least:.0f} to {most:.0f}), first {WARM_UP} steps "
-            f"{warm_up[name]:.1f} s"
+            f"{name:28} {middle:6.0f} images/s ({least:.0f} to {most:.0f}), {warm_up[name]:.1f} s "
+            f"until {WARM_UP} steps are taken"
         )
 
 

@@ -158,8 +158,8 @@ class Config(BaseModel):
     fast: bool = Field(
         True,
         description="on a GPU, replay the training step, and forward passes, as CUDA graphs; on a "
-        "CPU, where the run is long enough to repay it, compile the step in fp32, its batch norms "
-        "in bf16 (takes a C++ compiler); false: PyTorch's own operators always",
+        "CPU, where the run is long enough to repay it, compile batch norms (takes a C++ "
+        "compiler); false: PyTorch's own operators always",
     )
     fused: bool = Field(
         False,

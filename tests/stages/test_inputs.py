@@ -101,7 +101,7 @@ def test_an_epoch_has_a_step_for_the_images_that_are_left(num_images, steps):
 def test_every_switch_reaches_the_steps(monkeypatch):
     seen = {}
     monkeypatch.setattr(inputs, "start_training", lambda model, **given: seen.update(given))
-    asked = {"fast": False, "fused": True, "batch_size": 5, "device": "cpu", "precision": "bf16"}
+    asked = {"fast": False, "fused": True, "device": "cpu", "precision": "bf16"}
     state_before_training(None, make_config({**asked, "epochs": 7}), DATA)
     assert {name: seen[name] for name in asked} == asked
     assert seen["planned_images"] == 7 * 56

@@ -41,7 +41,7 @@ class TrainingMemory(NamedTuple):
 def training_memory(
     model: nn.Module, *, batch_size: int, num_images: int, precision: str, device: str
 ) -> TrainingMemory:
-    """Of PyTorch's own operators; compiled steps keep less. Images are padded to 40x40 uint8."""
+    """Of PyTorch's own operators. Images are padded to 40x40 uint8."""
     parameters = sum(p.nbytes for p in model.parameters())
     activations = batch_size * activation_bytes(model, precision, device)
     return TrainingMemory(

@@ -1,6 +1,5 @@
 """One optimiser step, one epoch of them, and the forward pass that turns images into logits."""
 
-import copy
 import functools
 import time
 import warnings
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail_experts.learning.backend import exact_float32
+from longtail_experts.learning.compiled_norm import compile_norms
 from longtail_experts.learning.fast_step import (
     Batch,
     CannotRecordError,
@@ -18,12 +18,11 @@ from longtail_experts.learning.fast_step import (
     RecordedSteps,
 )
 from longtail_experts.learning.losses import Objective
-from longtail_experts.learning.norm_bf16 import compile_norms
 
-# Compiling has repaid itself, twice over, after this many images (benchmarks/README.md). In fp32,
-# PyTorch's compiler takes 10-60 s and saves about 0.6 ms an image. In bf16 it saves nothing;
-# compiling batch norms of this project takes 1.3 s and saves 0.12 to 0.17 ms.
-COMPILE_REPAID_AFTER = {"fp32": 200_000, "bf16": 20_000}
+# images: compiling batch norms has repaid itself then, twice over. It takes 1.3 s and saves 0.12 to
+# 0.2 ms an image (benchmarks/README.md).
+COMPILE_REPAID_AFTER = 20_000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of activations in training passes
 
 
 class NonFiniteLossError(RuntimeError):
@@ -41,8 +40,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.SGD
-    is_compiled: bool = False
-    compiled_batch: int | None = None  # whole networks are for batches of one size
+    is_compiled: bool = False  # its batch norms are
     recorded: RecordedSteps | None = None  # takes the steps, where there is one
     passes: RecordedPasses | None = None  # the same for forward passes of validations
     step: int = 0
@@ -53,30 +51,21 @@ class TrainState:
     @property
     def path(self) -> str:
         """Which code takes the steps: "fused" for graphs of this project's kernels, "graph" for
-        those of PyTorch's, "compiled", or "plain" for one operator of PyTorch after another."""
+        those of PyTorch's, "compiled" for this project's batch norms on a CPU, or "plain" for one
+        operator of PyTorch after another."""
         if self.recorded is not None:
             return "fused" if self.recorded.is_fused else "graph"
         return "compiled" if self.is_compiled else "plain"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C] of normalised images [B, 3, H, W]."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        if len(images) == self.compiled_batch:
-            return _compiled()(self.model, images)
-        return self.model(images)  # the short last batch: a second compile would not repay
+        return self.model(images.contiguous(memory_format=torch.channels_last))
 
 
 def has_bf16_instructions() -> bool:
     """Whether this processor multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-
-
-@functools.cache
-def _compiled() -> Callable[[nn.Module, Tensor], Tensor]:
-    """(model, images) -> logits. One function for all models: a second expert, of the same
-    shape, reuses the first one's code."""
-    return torch.compile(lambda model, images: model(images), dynamic=False)
 
 
 def start_training(
@@ -87,7 +76,6 @@ def start_training(
     weight_decay: float,
     device: str,
     precision: str,
-    batch_size: int = 0,
     planned_images: int = 0,
     fast: bool = True,
     fused: bool = False,
@@ -96,21 +84,18 @@ def start_training(
 
     With `fast`, steps on a GPU are recorded and replayed, with `fused` those of this project's
     kernels; on a CPU, a training of `planned_images` (epochs x images) that is long enough to repay
-    it is compiled: in fp32 the network, for batches of `batch_size`, in bf16 its batch norms. That
-    depends on these arguments alone, never on a timing, so that two runs of one seed take the same
-    steps.
+    it has its batch norms compiled. That depends on these arguments alone, never on a timing, so
+    that two runs of one seed take the same steps.
     """
-    is_long = planned_images >= COMPILE_REPAID_AFTER[precision]
-    compiles = fast and device == "cpu" and is_long
-    is_compiled = compiles and _compiles(model, precision, batch_size)
-    compiled_batch = batch_size if is_compiled and precision == "fp32" else None
+    compiles = fast and device == "cpu" and planned_images >= COMPILE_REPAID_AFTER
+    is_compiled = compiles and _compiles_norms(model, precision)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
     recorded = RecordedSteps(fuses=fused) if replays(device, fast) else None
     passes = recorded_passes(device, fast)
-    return TrainState(model, optimizer, is_compiled, compiled_batch, recorded, passes)
+    return TrainState(model, optimizer, is_compiled, recorded, passes)
 
 
 def replays(device: str, fast: bool) -> bool:
@@ -123,25 +108,15 @@ def recorded_passes(device: str, fast: bool) -> RecordedPasses | None:
     return RecordedPasses() if replays(device, fast) else None
 
 
-def _compiles(model: nn.Module, precision: str, batch_size: int) -> bool:
-    """Compile what training passes take; False, with a warning, where that fails."""
+def _compiles_norms(model: nn.Module, precision: str) -> bool:
+    """False, with a warning, where they cannot be."""
     try:
-        if precision == "bf16":
-            compile_norms(model)
-        else:
-            _compile_network(model, batch_size)
-    except Exception as error:  # a missing C++ compiler, a full disk, a bug: all leave plain steps
+        compile_norms(model, DTYPES[precision])
+    except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         warnings.warn(f"training steps are not compiled, and slower: {reason}", stacklevel=3)
         return False
     return True
-
-
-def _compile_network(model: nn.Module, batch_size: int) -> None:
-    trial = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
-    images = torch.zeros(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    with exact_float32():
-        _compiled()(trial, images).float().sum().backward()
 
 
 def as_it_is(*batch: Tensor) -> Batch:

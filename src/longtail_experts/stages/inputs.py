@@ -167,7 +167,7 @@ def batches_of_training(
 
 
 def state_before_training(model: torch.nn.Module, config: Config, data: Dataset) -> TrainState:
-    """Compiled where a training of this config is long enough to repay it."""
+    """Batch norms are compiled where a training of this config is long enough to repay it."""
     return start_training(
         model,
         lr=config.lr,
@@ -175,7 +175,6 @@ def state_before_training(model: torch.nn.Module, config: Config, data: Dataset)
         weight_decay=config.weight_decay,
         device=config.device,
         precision=config.precision,
-        batch_size=config.batch_size,
         planned_images=config.epochs * data.size("train"),
         fast=config.fast,
         fused=config.fused,

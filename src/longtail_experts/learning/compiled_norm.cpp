@@ -1,4 +1,4 @@
-// Batch norm, what is added to it and ReLU in a training step in bf16 on a CPU, forward and backward.
+// Batch norm, what is added to it and ReLU in a training step on a CPU, forward and backward.
 //
 // A tensor in channels-last memory is a matrix here: rows are pixels, columns are channels. Each way
 // goes over it twice: for sums over the pixels, then for what depends on them. PyTorch goes over it
@@ -6,6 +6,8 @@
 //
 // Sums are float over BLOCK rows and double beyond, in PARTS parts that are added in their order:
 // the same for any number of threads. Comparisons are such that what is not a number stays so.
+//
+// Compiled once for tensors of either type, with -DVALUE=bf16 or -DVALUE=float.
 
 #include <algorithm>
 #include <cmath>
@@ -16,9 +18,12 @@
 namespace {
 
 using bf16 = uint16_t;
+using Value = VALUE;
 
 constexpr int PARTS = 64;
 constexpr int BLOCK = 64;
+
+inline float wide(float value) { return value; }
 
 inline float wide(bf16 value) {
     uint32_t bits = uint32_t(value) << 16;
@@ -27,11 +32,13 @@ inline float wide(bf16 value) {
     return result;
 }
 
-inline bf16 rounded(float value) {  // to the nearest, of two to the even one
+inline void put(float value, float& at) { at = value; }
+
+inline void put(float value, bf16& at) {  // rounded to the nearest, of two to the even one
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     uint32_t up = bits + 0x7fff + ((bits >> 16) & 1);
-    return value != value ? 0x7fc0 : up >> 16;
+    at = value != value ? 0x7fc0 : up >> 16;
 }
 
 // Rows [begin, end) of a part.
@@ -73,14 +80,14 @@ void for_rows(int64_t rows, int threads, const Do& work) {
 // `moments` [2, C]: mean and variance of x. Distances from the mean of the first pixels are summed
 // up: of values far from 0 squares would lose what they differ by.
 template <int C>
-void find_moments(const bf16* x, int64_t rows, int threads, float* moments) {
+void find_moments(const Value* x, int64_t rows, int threads, float* moments) {
     float from[C] = {};
     int64_t first = std::min<int64_t>(BLOCK, rows);
     for (int64_t row = 0; row < first; row++)
         for (int c = 0; c < C; c++) from[c] += wide(x[row * C + c]) / first;
     double sums[C], squares[C];
     auto add = [&](int64_t row, float* sum, float* square) {
-        const bf16* in = x + row * C;
+        const Value* in = x + row * C;
 #pragma omp simd
         for (int c = 0; c < C; c++) {
             float apart = wide(in[c]) - from[c];
@@ -112,17 +119,17 @@ struct Affine {
 };
 
 template <int C, bool ADDS, bool RELU>
-void normalise(const bf16* x, const bf16* added, bf16* y, const Affine<C>& affine, int64_t rows,
+void normalise(const Value* x, const Value* added, Value* y, const Affine<C>& affine, int64_t rows,
                int threads) {
     for_rows(rows, threads, [&](int64_t row) {
-        const bf16 *in = x + row * C, *also = added + row * C;
-        bf16* out = y + row * C;
+        const Value *in = x + row * C, *also = added + row * C;
+        Value* out = y + row * C;
 #pragma omp simd
         for (int c = 0; c < C; c++) {
             float value = wide(in[c]) * affine.scale[c] + affine.shift[c];
             if (ADDS) value += wide(also[c]);
             if (RELU) value = value <= 0.f ? 0.f : value;
-            out[c] = rounded(value);
+            put(value, out[c]);
         }
     });
 }
@@ -130,7 +137,7 @@ void normalise(const bf16* x, const bf16* added, bf16* y, const Affine<C>& affin
 // Of the output's gradient dy: `dadded`, which is dy where the ReLU was open, and that of x. Where
 // nothing was added, x says where the ReLU was open; else y does.
 template <int C, bool ADDS, bool RELU>
-void differentiate(const bf16* dy, const bf16* x, const bf16* y, bf16* dx, bf16* dadded,
+void differentiate(const Value* dy, const Value* x, const Value* y, Value* dx, Value* dadded,
                    const Affine<C>& affine, float* dweight, float* dbias, int64_t rows, int threads) {
     auto passed = [&](float gradient, float in, float out, int c) {
         if (!RELU) return gradient;
@@ -139,13 +146,13 @@ void differentiate(const bf16* dy, const bf16* x, const bf16* y, bf16* dx, bf16*
     };
     double plain[C], by_normal[C];
     auto add = [&](int64_t row, float* sum, float* product) {
-        const bf16 *in = x + row * C, *gradient = dy + row * C, *out = y + row * C;
-        bf16* masked = dadded + row * C;
+        const Value *in = x + row * C, *gradient = dy + row * C, *out = y + row * C;
+        Value* masked = dadded + row * C;
 #pragma omp simd
         for (int c = 0; c < C; c++) {
             float value = wide(in[c]);
             float d = passed(wide(gradient[c]), value, ADDS ? wide(out[c]) : 0.f, c);
-            if (ADDS) masked[c] = rounded(d);
+            if (ADDS) put(d, masked[c]);
             sum[c] += d;
             product[c] += d * (value - affine.mean[c]);
         }
@@ -161,13 +168,13 @@ void differentiate(const bf16* dy, const bf16* x, const bf16* y, bf16* dx, bf16*
         constant[c] = -affine.scale[c] * plain[c] / rows - of_x[c] * affine.mean[c];
     }
     for_rows(rows, threads, [&](int64_t row) {
-        const bf16 *in = x + row * C, *gradient = (ADDS ? dadded : dy) + row * C;
-        bf16* out = dx + row * C;
+        const Value *in = x + row * C, *gradient = (ADDS ? dadded : dy) + row * C;
+        Value* out = dx + row * C;
 #pragma omp simd
         for (int c = 0; c < C; c++) {
             float value = wide(in[c]), d = wide(gradient[c]);
             if (!ADDS) d = passed(d, value, 0.f, c);
-            out[c] = rounded(d * affine.scale[c] + value * of_x[c] + constant[c]);
+            put(d * affine.scale[c] + value * of_x[c] + constant[c], out[c]);
         }
     });
 }
@@ -185,7 +192,7 @@ extern "C" {
 
 // y = relu((x - mean) / std * weight + bias + added); running statistics as PyTorch has them.
 // `added` may be null. For 16, 32 or 64 channels.
-void norm_forward(int channels, int64_t rows, const bf16* x, const bf16* added, bf16* y,
+void norm_forward(int channels, int64_t rows, const Value* x, const Value* added, Value* y,
                   float* moments, const float* weight, const float* bias, float* running_mean,
                   float* running_var, double momentum, double eps, int relu, int threads) {
     for_channels(channels, [&](auto constant) {
@@ -204,8 +211,8 @@ void norm_forward(int channels, int64_t rows, const bf16* x, const bf16* added, 
 }
 
 // The gradients of x, weight and bias; with `dadded`, of what was added before a ReLU, too.
-void norm_backward(int channels, int64_t rows, const bf16* dy, const bf16* x, const bf16* y,
-                   bf16* dx, bf16* dadded, const float* moments, const float* weight,
+void norm_backward(int channels, int64_t rows, const Value* dy, const Value* x, const Value* y,
+                   Value* dx, Value* dadded, const float* moments, const float* weight,
                    const float* bias, float* dweight, float* dbias, double eps, int relu,
                    int threads) {
     for_channels(channels, [&](auto constant) {

@@ -1,7 +1,8 @@
-"""Batch norm, what is added to it and ReLU for training steps in bf16 on a CPU, in C++.
+"""Batch norm, what is added to it and ReLU for training steps on a CPU, in C++.
 
 PyTorch takes a fifth of a step for them, this code half of that (benchmarks/README.md). A process
-compiles `norm_bf16.cpp` once, for the processor that it runs on, which takes a second or two.
+compiles `compiled_norm.cpp` once for tensors of a type, in bf16 or float32, for the processor that
+it runs on, which takes a second or two.
 """
 
 import ctypes
@@ -24,6 +25,7 @@ from longtail_experts.learning.layers import Norm
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 CHANNELS = (16, 32, 64)  # that it is written for
+VALUES = {torch.bfloat16: "bf16", torch.float32: "float"}  # and their names there
 COMPILER = "c++"  # unless the environment names another, as CXX
 # CXX may bring -ffast-math: PyTorch's own numbers below 1e-38 would become 0 in this process.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-fno-trapping-math", "-fopenmp")
@@ -31,56 +33,64 @@ COMPILER_SECONDS = 120  # that it may take
 OPENMP = ("libgomp", "libiomp", "libomp")  # its libraries
 
 
-def compile_norms(model: nn.Module) -> None:
-    """Training passes of `model` in bf16 take this code for batch norms, from now on.
+def compile_norms(model: nn.Module, dtype: torch.dtype) -> None:
+    """Training passes of `model` in `dtype` take this code for batch norms, from now on.
 
     RuntimeError, with the model as it was, where it cannot be compiled, or does something else than
     PyTorch: once so, always so in this process, and experts of one run take the same steps.
     """
-    if reason := _why_not():
+    if reason := _why_not(dtype):
         raise RuntimeError(reason)
     for module in model.modules():
         if isinstance(module, Norm) and module.num_features in CHANNELS:
-            module.fused = compiled_norm
+            module.fused = functools.partial(compiled_norm, dtype)
 
 
 def compiled_norm(
-    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, norm: Norm, relu: bool
+    dtype: torch.dtype,
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    norm: Norm,
+    relu: bool,
 ) -> Tensor:
-    """What `norm` makes of x, and its running statistics, in a training pass."""
+    """What `norm` makes of x, and its running statistics, in a training pass: by this code where
+    tensors are of `dtype`, as they are in all of a training."""
     kinds = [(t.device.type, t.dtype, t.shape) for t in (x, added) if t is not None]
-    is_known = len(set(kinds)) == 1 and kinds[0][:2] == ("cpu", torch.bfloat16)
+    is_known = len(set(kinds)) == 1 and kinds[0][:2] == ("cpu", dtype)
     is_known &= weight.dtype == norm.running_mean.dtype == torch.float32
     if not is_known or x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
         return norm.plain(x, added)
-    return NormBF16.apply(x, added, weight, bias, norm, relu)
+    return CompiledNorm.apply(x, added, weight, bias, norm, relu)
 
 
 @functools.cache
-def _why_not() -> str | None:
-    """Why this code cannot be used here; None: it can."""
-    random = torch.Generator().manual_seed(0)
+def _why_not(dtype: torch.dtype) -> str | None:
+    """Why this code cannot be used here for tensors of `dtype`; None: it can."""
+    random = torch.Generator().manual_seed(1)
     try:
         for channels, number in product(CHANNELS, (1, 2)):  # without what is added, and with it
             norm = Norm(channels)
-            norm.fused = compiled_norm
+            norm.fused = functools.partial(compiled_norm, dtype)
             shape = (5, channels, 30, 30)  # some blocks of every part, and the beginning of one
-            inputs = [torch.randn(shape, generator=random).bfloat16() for _ in range(number)]
-            require_same_layer(norm, inputs, nullcontext)
-    except (RuntimeError, ValueError, OSError, subprocess.TimeoutExpired) as error:
+            draws = [torch.randn(shape, generator=random) + 1 for _ in range(number)]
+            require_same_layer(norm, [x.to(dtype) for x in draws], nullcontext)
+    except Exception as error:  # no compiler, a full disk, a bug in either: all leave PyTorch's
         return str(error) or type(error).__name__
     return None
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX", "")) or [COMPILER]
     before = _openmp_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "norm_bf16.so")
+        path = Path(folder, "compiled_norm.so")
+        options = [*FLAGS, f"-DVALUE={VALUES[dtype]}", "-shared", "-fPIC", SOURCE, "-o", path]
         try:
             made = subprocess.run(
-                [*compiler, *FLAGS, "-shared", "-fPIC", SOURCE, "-o", path],
+                [*compiler, *options],
                 check=False,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -116,12 +126,12 @@ def _openmp_libraries() -> set[str]:
     return {file for file in files if Path(file).name.startswith(OPENMP)}
 
 
-class NormBF16(torch.autograd.Function):
+class CompiledNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, added, weight, bias, norm, relu):
         channels = x.shape[1]
         y, moments = torch.empty_like(x), weight.new_empty((2, channels))
-        _library().norm_forward(
+        _library(x.dtype).norm_forward(
             *(channels, x.numel() // channels, *_at(x, added, y, moments, weight, bias)),
             *(*_at(norm.running_mean, norm.running_var), norm.momentum, norm.eps),
             *(relu, torch.get_num_threads()),
@@ -138,7 +148,7 @@ class NormBF16(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         dadded = torch.empty_like(x) if y is not None else None
-        _library().norm_backward(
+        _library(x.dtype).norm_backward(
             *(x.shape[1], x.numel() // x.shape[1], *_at(dy, x, y, dx, dadded)),
             *(*_at(moments, weight, bias, dweight, dbias), ctx.eps),
             *(ctx.relu, torch.get_num_threads()),
