@@ -253,10 +253,10 @@ def test_two_trainings_of_one_seed_are_bit_identical(precision):
     )
 
 
-def refusal() -> str:
+def refusal(precision: str = "bf16") -> str:
     """Why a training goes on with PyTorch's."""
     with pytest.warns(UserWarning, match="steps are not compiled, and slower: ") as caught:
-        state = start()
+        state = start(precision=precision)
     assert state.path == "plain"
     assert all(m.fused is None for m in state.model.modules() if isinstance(m, Norm))
     (warning,) = caught
@@ -318,17 +318,19 @@ def test_libraries_of_threads_are_found():
         ("- of_x[c] * affine.mean[c]", ""),
         ("row < begin_of(rows, part + 1)", "row < begin_of(rows, part + 1) - 1"),
         ("bits + 0x7fff + ((bits >> 16) & 1)", "bits + 0x7ffff"),
+        ("float& at) { at = value; }", "float& at) { at = 1.02f * value; }"),
     ],
 )
 def test_what_computes_something_else_is_refused(
     right, wrong, compiles_anew, monkeypatch, tmp_path
 ):
+    precision = "fp32" if "float& at" in right else "bf16"
     text = module.SOURCE.read_text()
     assert text.count(right) == 1
     source = tmp_path / "wrong.cpp"
     source.write_text(text.replace(right, wrong))
     monkeypatch.setattr(module, "SOURCE", source)
-    assert "of its length away from PyTorch's (at most 0.01)" in refusal()
+    assert "of its length away from PyTorch's (at most 0.01)" in refusal(precision)
 
 
 @needs_compiler
