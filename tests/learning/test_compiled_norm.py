@@ -19,7 +19,7 @@ from longtail_experts.learning.compiled_norm import (
     compiled_norm,
 )
 from longtail_experts.learning.fused import how_far_from_float64
-from longtail_experts.learning.layers import Norm
+from longtail_experts.learning.layers import Conv, Norm
 from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.learning.step import (
     COMPILE_REPAID_AFTER,
@@ -178,10 +178,10 @@ def test_other_passes_are_pytorchs():
 # --- in a network -----------------------------------------------------------------------------
 
 
-def start(**changes) -> TrainState:
+def start(model: nn.Module | None = None, **changes) -> TrainState:
     settings = {"planned_images": COMPILE_REPAID_AFTER, "precision": "bf16", **changes}
     state = start_training(
-        build_resnet32(5, "projection", seed=0),
+        build_resnet32(5, "projection", seed=0) if model is None else model,
         **{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "device": "cpu", **settings},
     )
     state.model.train()
@@ -240,6 +240,40 @@ def test_a_step_is_about_as_far_from_one_in_float64_as_pytorchs(precision):
         losses_of(state, 1, kind)
     compiled, plain, exact = (all_weights(state.model).double() for state in states)
     assert 0 < (compiled - exact).norm() < 1.25 * (plain - exact).norm()
+
+
+class OneReLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = Conv(3, 16), Norm(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).mean((2, 3)))
+
+
+@needs_compiler
+def test_fifty_steps_in_fp32_equal_plain_ones():
+    """Losses within 1e-5, weights and statistics within 1e-4 of their largest value; the last batch
+    of each ten is short.
+
+    On a network with one ReLU: in a ResNet-32 a rounding error flips some of the millions of
+    activations that are next to zero, and either path's gradient is 0.2 to 1.4 % off float64's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = OneReLU()
+    states = [start(copy.deepcopy(model), precision="fp32", fast=fast) for fast in (True, False)]
+    assert [state.path for state in states] == ["compiled", "plain"]
+    random = torch.Generator().manual_seed(1)
+    for size in 5 * [*9 * [16], 5]:
+        images = torch.randn(size, 3, 32, 32, generator=random)
+        targets = torch.randint(5, (size,), generator=random)
+        losses = [train_step(s, images, targets, of_logits, 0.02, "fp32") for s in states]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    weights = states[0].model.state_dict()
+    for name, value in states[1].model.state_dict().items():
+        scale = max(float(value.abs().max()), 1e-3)
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-4 * scale)
 
 
 @needs_compiler
@@ -337,7 +371,7 @@ def test_what_computes_something_else_is_refused(
 def test_only_what_it_is_written_for_takes_it():
     layers = nn.Sequential(*(Norm(channels) for channels in (8, *CHANNELS)), nn.BatchNorm2d(16))
     compile_norms(layers, BF16)
-    takes = [getattr(layer, "fused", None) is not None for layer in layers]
-    assert takes == [False, True, True, True, False]
-    x = draw(4, 16, 8, 8)
-    assert torch.equal(copy.deepcopy(layers)[1](x), layers[1](x))
+    for network in (layers, copy.deepcopy(layers)):
+        kernels = [getattr(layer, "fused", None) for layer in network]
+        assert [kernels[0], kernels[4]] == [None, None]
+        assert all((k.func, k.args) == (compiled_norm, (BF16,)) for k in kernels[1:4])
