@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> int:
             client.search_experiments(max_results=1)
         has_store = time.perf_counter()
         code = cli.main(["main", *arguments])
-        total = time.perf_counter() - has_store
+        finished = time.perf_counter()
         os.chdir(home)
     if code:
         return code
@@ -125,8 +125,8 @@ def main(arguments: list[str]) -> int:
         "import": importing,
         "store": has_store - begun,
         **{bucket: by_bucket[bucket] for bucket in BUCKETS},
-        "tracking": total - sum(by_bucket.values()),
-        "total": importing + has_store - begun + total,
+        "tracking": finished - has_store - sum(by_bucket.values()),
+        "total": importing + finished - begun,
     }
     found = {name: round(value, 2) for name, value in seconds.items()}
     if as_json:
