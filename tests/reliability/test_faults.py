@@ -191,6 +191,39 @@ def test_points_are_sent_seldom_where_sending_takes_long_but_all_are_sent_at_the
     assert [step for step, _ in run.history("lr")] == list(range(24))
 
 
+@pytest.mark.parametrize("artifacts_are_away", [False, True])
+def test_points_that_never_end_and_checkpoints_are_sent_in_turn(
+    run, monkeypatch, artifacts_are_away
+):
+    """As those of epochs that take less time than it takes to send their points."""
+    send, upload, calls = run.log_metric_points, run.upload, []
+
+    def more_points(points, **kwargs):
+        calls.append("points")
+        if len(calls) == 1:
+            recorder.save_checkpoint("last", checkpoint(0))
+        if len(calls) < 20:
+            recorder.log_points([("lr", 0.1, len(calls))])
+        send(points, **kwargs)
+
+    def noted(*args, **kwargs):
+        calls.append("checkpoint")
+        if artifacts_are_away and len(calls) < 20:
+            raise OSError(errno.EHOSTUNREACH, "no route")
+        upload(*args, **kwargs)
+
+    monkeypatch.setattr(run, "log_metric_points", more_points)
+    monkeypatch.setattr(run, "upload", noted)
+    monkeypatch.setattr(recorders, "LONGEST_GATHERING", 0.0)
+    monkeypatch.setattr(recorders, "LONGEST_PAUSE", 0.0)
+    with Recorder(run) as recorder:
+        recorder.log_points([("lr", 0.1, 0)])
+        recorder.finish(20)
+    assert calls[:3] == ["points", "checkpoint", "points"]
+    assert (calls[3] == "checkpoint") == artifacts_are_away
+    assert torch.load(run.client.download_artifacts(run.run_id, "checkpoints/last.pt"))["step"] == 0
+
+
 def test_a_checkpoint_replaced_while_it_is_sent_is_sent_again_whole(run, monkeypatch):
     upload, seen = run.upload, []
 

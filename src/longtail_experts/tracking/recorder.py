@@ -217,7 +217,7 @@ class Recorder:
             self._change.notify_all()
 
     def _deliver(self) -> None:
-        pause, gathering = FIRST_PAUSE, 0.0
+        pause, gathering, sends_points = FIRST_PAUSE, 0.0, False
         while True:
             with self._change:
                 self._change.wait_for(
@@ -227,9 +227,11 @@ class Recorder:
                 if self._closing:
                     return
                 points, name = list(self._points)[:BATCH], min(self._due, default=None)
+            # In turn: points of short epochs would never let a checkpoint pass.
+            sends_points = bool(points) and not (sends_points and name)
             gathering = 0.0
             try:
-                if points:
+                if sends_points:
                     gathering = self._send(points)
                 else:
                     self._upload(name)
