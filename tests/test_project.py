@@ -82,7 +82,8 @@ def test_the_strong_card_is_long_and_augmented():
 
 
 def test_all_that_a_run_holds_is_in_docs_run(finished):
-    named = re.findall(r"`([^` ]+)`", (ROOT / "docs" / "run.md").read_text())
+    text = (ROOT / "docs" / "run.md").read_text().replace("<test>/", "{test_lt,test_balanced}/")
+    named = re.findall(r"`([^` ]+)`", text)
     named.remove("<test>")
     patterns = [re.sub(r"<\w+>", r"\\w+", re.escape(name)) for name in named]  # <split>
     patterns = [re.sub(r"\\{(.+?)\\}", _either, pattern) for pattern in patterns]  # {head,tail}
@@ -96,6 +97,16 @@ def test_all_that_a_run_holds_is_in_docs_run(finished):
         unknown = {n for n in found if not n.startswith("mlflow.") and not known.fullmatch(n)}
         assert not unknown, name
         assert len(found) > 30
+
+
+def test_docs_run_names_every_stage():
+    lines = (ROOT / "docs" / "run.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| `stage` |"))
+    source = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    named_in_code = re.findall(r'"stage": "(\w+)"', source)
+    stages = {*ENTRY_POINTS, *named_in_code, "refused"}
+    assert {"resume", "all"} < stages
+    assert not [stage for stage in stages if f"`{stage}`" not in row]
 
 
 def _either(found: re.Match) -> str:

@@ -176,10 +176,10 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     top = Parser(
-        prog="longtail_experts",
+        prog="python -m longtail_experts",
         description="Calibrated ResNet-32 experts on CIFAR-100-LT, recorded in MLflow.",
-        epilog="`longtail_experts ENTRY_POINT --help` lists its parameters. The same through "
-        f"MLflow: {MLFLOW_RUN} -e ENTRY_POINT -P field=value",
+        epilog="`python -m longtail_experts ENTRY_POINT --help` lists its parameters. The same "
+        f"through MLflow: {MLFLOW_RUN} -e ENTRY_POINT -P field=value",
         allow_abbrev=False,
     )
     entries = top.add_subparsers(dest="entry_point", metavar="ENTRY_POINT", required=True)

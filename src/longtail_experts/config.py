@@ -163,9 +163,9 @@ class Config(BaseModel):
     )
     fused: bool = Field(
         False,
-        description="on a GPU, in replayed steps: kernels of this project, twice as fast as "
-        "PyTorch's; every kind of layer is compared with PyTorch's before, but whether experts "
-        "are as good is not settled (benchmarks/README.md)",
+        description="on a GPU, in replayed steps: kernels of this project, two to three times "
+        "as fast as PyTorch's; every kind of layer is compared with PyTorch's before, but whether "
+        "experts are as good is not settled (benchmarks/README.md)",
     )
     register_as: str | None = Field(
         None,
