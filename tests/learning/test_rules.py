@@ -3,6 +3,7 @@
 import pytest
 
 from longtail_experts.learning import rules
+from longtail_experts.stages.train import Selection
 
 FULL = {"steps_per_epoch": 68, "epochs": 256, "milestones": (96, 192, 224), "num_images": 8677}
 
@@ -119,12 +120,24 @@ def test_validation_cadence(every, epochs, count, verdict):
         (3, 10, 256, (96, 192, 224), "ok"),
         (4, 10, 256, (96, 192, 224), "note"),
         (4, 10, 256, (), "ok"),
+        (24, 10, 256, (), "ok"),
+        (25, 10, 256, (), "note"),  # the first of 26 validations is always better than none
         (26, 10, 256, (300,), "note"),
+        (2, 1, 3, (), "note"),
+        (1, 1, 3, (), "ok"),
     ],
 )
 def test_patience_that_can_never_act(patience, every, epochs, milestones, verdict):
     """After epoch 224, validations follow at 230, 240, 250 and 256: four."""
     assert rules.patience_rule(patience, every, epochs, milestones).verdict == verdict
+    # Accuracies that only fall: the soonest that it can act.
+    selection = Selection(patience, max((m for m in milestones if m < epochs), default=0))
+    validated = [e for e in range(epochs) if e == epochs - 1 or (e + 1) % every == 0]
+    acts = False
+    for epoch in validated:
+        acts |= selection.is_over
+        selection.chooses(-epoch, epoch, epoch)
+    assert acts == (verdict == "ok" and patience is not None)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +149,8 @@ def test_patience_that_can_never_act(patience, every, epochs, milestones, verdic
         (rules.momentum_rule(0.9), "ok", ""),
         (rules.momentum_rule(0.95), "note", "2 x as far"),
         (rules.momentum_rule(0.0), "warning", "0.1 x as far"),
+        (rules.momentum_rule(0.6), "note", "0.25 x as far"),
+        (rules.momentum_rule(0.975), "note", "4 x as far"),
         (rules.momentum_rule(0.99), "warning", "10 x as far"),
         (rules.lr_decay_rule(0.1, (96,), "milestones"), "ok", ""),
         (rules.lr_decay_rule(1.0, (96,), "milestones"), "warning", "does not fall"),

@@ -1,6 +1,7 @@
 """The literature's protocol: no hold-out, no selection, a temperature cross-fitted on test."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from longtail_experts.cli import main
 from longtail_experts.config import make_config
 from longtail_experts.learning.calibration import cross_fit_temperature, deployment_scores
 from longtail_experts.learning.metrics import expected_calibration_error, nll_per_image
+from longtail_experts.stages import calibrate
 from longtail_experts.stages.inputs import log_offset_of, objective_at
 from longtail_experts.tracking import comparison
 from longtail_experts.tracking.runs import Run
@@ -83,6 +85,20 @@ def test_nothing_is_held_out_and_nothing_selected(here, loss):
     assert all(torch.equal(final["model"][k], v) for k, v in last["model"].items())
     files = {f.path for f in MlflowClient().list_artifacts(run.info.run_id, "checkpoints")}
     assert files == {"checkpoints/last.pt", "checkpoints/final_calibrated.pt"}
+
+
+def test_a_half_at_the_bound_of_the_search_is_noted(monkeypatch):
+    """As where the only mistake is in the other half: the scores are of a T that is no estimate."""
+    targets = torch.arange(10).repeat_interleave(2)
+    logits = torch.nn.functional.one_hot(targets, 10) * 8.0
+    logits[0] = logits[0].roll(1)
+    data = SimpleNamespace(split_names=("test_balanced",), targets=lambda split: targets)
+    uniform = torch.full((10,), 0.1, dtype=torch.float64)
+    config = SimpleNamespace(split_seed=0)
+    fitted = calibrate.fit({"test_balanced": logits}, config, data, uniform.log(), uniform)
+    assert min(fitted.halves) == pytest.approx(math.exp(-4))
+    assert fitted.temperature.value == pytest.approx(1.0, abs=0.9)
+    assert fitted.temperature.at_bound
 
 
 @pytest.mark.parametrize("loss", ["ce", "ldam_drw"])

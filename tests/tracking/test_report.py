@@ -31,7 +31,7 @@ from longtail_experts.tracking.report import (
         (validation_improved(0.06, 0.00, 100, 0.02), False, "chance 1.00 %"),
         (temperature_helps(1.7, False, 2.0, 2.5), True, "T = 1.7000"),
         (temperature_helps(1.7, False, 2.5, 2.5), False, "2.5000 against 2.5000"),
-        (temperature_helps(54.6, True, 2.0, 2.5), False, "at its bound"),
+        (temperature_helps(54.6, True, 2.0, 2.5), False, "(at its bound)"),
         (logits_complete({"calib": 5}, {"calib": 5}), True, "5 rows"),
         (logits_complete({"calib": 4}, {"calib": 5}), False, "missing or short: calib"),
         (logits_complete({}, {"calib": 5}), False, "missing or short: calib"),
@@ -70,6 +70,13 @@ def test_a_temperature_where_the_search_ends_is_no_estimate(at_bound):
     text = calibration_markdown({**found, "temperature_at_bound": float(at_bound)})
     assert ("at the bound of the search" in text) == at_bound
     assert ("of which an end is the bound of the search" in text) != at_bound
+
+
+def test_a_half_whose_search_ends_at_its_bound_is_told_from_the_whole():
+    found = {"temperature": 0.69, "temperature_low": 0.5, "temperature_high": 0.9}
+    halves = {"temperature_half_0": math.exp(-4), "temperature_half_1": 0.9}
+    text = calibration_markdown({**found, **halves, "temperature_at_bound": 1.0})
+    assert "Temperature 0.6900 (95 % interval 0.500 to 0.900), that of a half at the bound" in text
 
 
 def test_an_interval_within_the_search_is_one():

@@ -1,7 +1,7 @@
 """Experts together: their scores combined, and where they differ.
 
 Members are given as log-posterior scores [N, C] under one and the same deployment prior
-(`calibration.deployment_scores`): scores under different training priors cannot be averaged.
+(`calibration.deployment_scores`): scores under different training priors are of different things.
 """
 
 import math
@@ -20,8 +20,8 @@ def mean_of_probabilities(members: Sequence[Tensor]) -> Tensor:
 def product_of_experts(members: Sequence[Tensor]) -> Tensor:
     """log of the normalised geometric mean over members of softmax(scores), float64 [N, C].
 
-    Hinton, *Products of experts* (1999). Of calibrated members it is the combination that is
-    consistent for the balanced error: Aimar, Jonnarth, Felsberg, Kuhlmann, *Balanced product of
+    Hinton, *Products of experts* (1999). Of calibrated members it is consistent for the
+    balanced error: Aimar, Jonnarth, Felsberg, Kuhlmann, *Balanced product of
     calibrated experts for long-tailed recognition* (CVPR 2023).
     """
     stacked = torch.stack([scores.double().log_softmax(1) for scores in members])

@@ -4,8 +4,8 @@ With class counts n_c of the `train` split and prior pi_c = n_c / n, a loss is a
 logits f [N, C] and targets int64 [N], and of terms [C] that follow from the counts. Which f
 minimises it differs. `log_offset` says it: `f + log_offset` is the log-posterior under the
 training prior, up to a constant per image. Calibration and every later change of prior start
-from that. Where no constant vector makes it so (focal, margins), the offset is the nearest one
-and the loss is marked as approximate.
+from that. Where no constant vector makes it so (focusing, margins), the offset is that of the loss
+without them, and the loss is marked as approximate.
 """
 
 from collections.abc import Callable

@@ -213,7 +213,7 @@ def momentum_rule(momentum: float) -> Finding:
     if math.isclose(ratio, 1):
         return Finding("momentum", value, "ok")
     says = f"moves the weights {ratio:.3g} x as far as 0.9 does, for which lr is judged"
-    return Finding("momentum", value, "note" if 0.25 <= ratio <= 4 else "warning", says)
+    return Finding("momentum", value, "note" if 1 / 4.0001 < ratio < 4.0001 else "warning", says)
 
 
 def lr_decay_rule(lr_decay: float, milestones: Sequence[int], lr_schedule: str) -> Finding:
@@ -273,8 +273,9 @@ def patience_rule(
         return Finding("early_stopping_patience", "none", "ok")
     start = max((m for m in milestones if m < epochs), default=0)
     left = num_validations(validation_every, epochs) - start // validation_every
+    left -= start < validation_every  # the first of all is better than none
     if patience >= left:
-        says = f"can never act: {left} validations follow the last milestone"
+        says = f"can never act: {left} validations follow the first and the last milestone"
         return Finding("early_stopping_patience", str(patience), "note", says)
     return Finding("early_stopping_patience", str(patience), "ok")
 

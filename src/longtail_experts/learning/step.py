@@ -189,7 +189,7 @@ def train_epoch(
     on_step: Callable[[], None] = lambda: None,
 ) -> float:
     """Train on the batches that are left of an epoch; its mean loss over images, each before
-    its own step.
+    its own step: that of a batch counts as often as it has images.
 
     A batch is (images, targets), or whatever `load` makes these of: a row an image.
     `on_step` may raise: the state is then that of a step just finished. Raises

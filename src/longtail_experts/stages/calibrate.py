@@ -160,8 +160,9 @@ def fit(
         log_offset - prior.log(),
     )
     crossed = cross_fit_temperature(*rows, offset, seed=seed)
+    temperature = fit_temperature(*rows, offset, bootstrap_seed=seed)
     return Calibration(
-        fit_temperature(*rows, offset, bootstrap_seed=seed),
+        temperature._replace(at_bound=temperature.at_bound or crossed.at_bound),
         crossed.per_row,
         "test_balanced, uniform prior, cross-fitted in two halves",
         crossed.halves,

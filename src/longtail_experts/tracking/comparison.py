@@ -353,9 +353,8 @@ def reliability_panels(
 
 
 def name_of_temperature(member: Member, split: str) -> str:
-    temperature = member.temperature_on(split)
-    is_at_bound = isinstance(temperature, float) and member.metrics.get("temperature_at_bound")
-    return report.name_of_temperature(temperature) + (" (bound)" if is_at_bound else "")
+    at_bound = " (bound)" if member.metrics.get("temperature_at_bound") else ""
+    return report.name_of_temperature(member.temperature_on(split)) + at_bound
 
 
 def differences(members: Sequence[Member]) -> dict[str, list[str]]:

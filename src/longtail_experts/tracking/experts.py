@@ -361,7 +361,8 @@ def approximation_notice(loss: str) -> str:
         return ""
     return (
         f"\n\n**Approximate:** no constant makes the logits of {loss} a log-posterior. log_offset "
-        "is the nearest one, and with it adjusted accuracies, NLL, Brier and ECE."
+        "is that of the loss without focusing or margins; adjusted accuracies, NLL, Brier and ECE "
+        "use it."
     )
 
 

@@ -120,8 +120,7 @@ def paired_difference(ours: SplitLogits, theirs: SplitLogits) -> Difference:
 
     With d_i = [ours right] - [theirs right] and n_c images of class c out of C present:
     sum_c (sum_i d_i / n_c) / C, with standard error sqrt(sum_i (d_i / n_c)^2) / C. Squares about
-    zero, not about the class mean, so that a class of one image has an error too; never below
-    the error about the mean.
+    zero, not about the class mean: a class of one image, where the two differ, has an error too.
     """
     targets = ours.targets
     d = (ours.logits.argmax(1) == targets).astype(float) - (theirs.logits.argmax(1) == targets)

@@ -62,7 +62,7 @@ def temperature_helps(
     return Check(
         f"temperature interior, and NLL on {split} lower than at T = 1",
         not at_bound and nll < uncalibrated,
-        f"T = {temperature:.4f}{' at its bound' if at_bound else ''}, NLL {nll:.4f} against "
+        f"T = {temperature:.4f}{' (at its bound)' if at_bound else ''}, NLL {nll:.4f} against "
         f"{uncalibrated:.4f} nats",
     )
 
@@ -179,11 +179,17 @@ def at_bound_notice(metrics: Mapping[str, float]) -> str:
     """Of a T that is where the search ends, so that neither it nor its interval is an estimate; or
     of an end of the interval that is."""
     if metrics.get("temperature_at_bound"):
+        if "temperature_half_0" in metrics and _is_inside(metrics["temperature"]):
+            return ", that of a half at the bound of the search"
         return " at the bound of the search"
     ends = (metrics[f"temperature_{end}"] for end in ("low", "high"))
-    if any(abs(math.log(end)) > LOG_T_BOUND - 1e-6 for end in ends if end > 0):
+    if not all(_is_inside(end) for end in ends if end > 0):
         return ", of which an end is the bound of the search"
     return ""
+
+
+def _is_inside(temperature: float) -> bool:
+    return abs(math.log(temperature)) <= LOG_T_BOUND - 1e-6
 
 
 def name_of_temperature(temperature: float | Tensor) -> str:
@@ -198,7 +204,8 @@ def approximations(losses: Iterable[str]) -> str:
         return ""
     return (
         f"Approximate: no constant makes the logits of {', '.join(approximate)} a "
-        "log-posterior; adjusted accuracies, NLL and ECE of these use the nearest one."
+        "log-posterior; adjusted accuracies, NLL and ECE of these use that of the loss without "
+        "focusing or margins."
     )
 
 
