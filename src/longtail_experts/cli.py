@@ -24,7 +24,13 @@ from longtail_experts.config import (
     nearest,
     shorten,
 )
-from longtail_experts.tracking.interrupts import ENDING, Terminated, raise_terminated
+from longtail_experts.tracking.interrupts import (
+    ENDING,
+    Terminated,
+    delayed_signals,
+    ignored_signals,
+    raise_terminated,
+)
 
 log = logging.getLogger(__name__)
 
@@ -148,9 +154,10 @@ def _main(arguments: list[str]) -> int:
         is_interrupt = isinstance(stop, KeyboardInterrupt)
         print("interrupted" if is_interrupt else "terminated", stop, file=sys.stderr)
         if "MLFLOW_RUN_ID" in os.environ:  # which whoever opens that run takes away
-            from longtail_experts.tracking.runs import end_unopened_run
+            with ignored_signals():  # `mlflow run` sends SIGTERM a moment after a Ctrl-C
+                from longtail_experts.tracking.runs import end_unopened_run
 
-            end_unopened_run()
+                end_unopened_run()
         return 130 if is_interrupt else 143
     except ConfigError as error:
         return _complain(error, 2)
@@ -292,6 +299,9 @@ def warn_about(config: Config) -> None:
 def _dispatch(arguments: list[str]) -> int:
     given = _parse(arguments)
     entry_point = given.pop("entry_point")
+    if "MLFLOW_RUN_ID" in os.environ:
+        with delayed_signals():  # what is half imported could not be imported to end that run
+            import longtail_experts.tracking.runs  # noqa: F401
     if entry_point == "sweep":
         return _sweep(given.pop("sweep"), given.pop("address", "local"), given)
     if entry_point in OWN_PARAMETERS:

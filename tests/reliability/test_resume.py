@@ -16,11 +16,16 @@ from mlflow import MlflowClient
 from reliability.harness import all_runs, history, last_checkpoint, of_reference, training_runs
 
 from longtail_experts.cli import main
+from longtail_experts.config import load_config
 from longtail_experts.learning import step as steps
 from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages import resumed, train
 from longtail_experts.stages.inputs import load_dataset
-from longtail_experts.tracking.experts import recorded_config
+from longtail_experts.tracking.experts import (
+    recorded_config,
+    start_expert_run,
+    start_parent_run,
+)
 from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.recorder import Recorder, local_folder, read_points
 from longtail_experts.tracking.runs import Run, RunError, start_run
@@ -81,6 +86,20 @@ def test_a_run_that_someone_opened_to_add_a_tag_is_not_taken_for_finished(interr
     assert main(["main", "--resume", run.run_id]) == 0
     assert f"run {run.run_id} FINISHED" in capsys.readouterr().out
     assert is_calibrated(run)
+
+
+@pytest.mark.parametrize("loss", ["ce", "all"])
+def test_a_live_run_that_someone_opened_to_add_a_tag_is_left_alone(store, capfd, loss):
+    config = load_config("demo", {"loss": loss, "device": "cpu", "precision": "fp32"})
+    live = start_parent_run(config) if loss == "all" else start_expert_run(config, "main")
+    with live as run:
+        with mlflow.start_run(run_id=run.run_id, nested=True):
+            mlflow.set_tag("remark", "looks good so far")
+        tags = run.tags
+        assert run.status == "FINISHED"
+        assert main(["main", "--resume", run.run_id]) == 1
+        assert "another process is going on with it already" in capfd.readouterr().err
+        assert (run.tags, run.status) == (tags, "FINISHED")
 
 
 def test_experts_of_which_one_is_missing_are_not_done(finished, monkeypatch):

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import psutil
@@ -21,12 +22,15 @@ import pytest
 import yaml
 from conftest import arguments_of, use_store
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from reliability.harness import Training, journal_lines, wait_until
 
 from longtail_experts.cli import main
 from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError, load_config
+from longtail_experts.stages import sweep as sweep_stage
 from longtail_experts.stages.grid import MOST_TRIALS, points_of, read_sweep
-from longtail_experts.tracking.runs import one_process
+from longtail_experts.tracking.runs import one_process, start_run
+from longtail_experts.tracking.sweeps import Trial
 
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 os.environ[LOOPBACK] = "0"  # Ray's name for: no other device than the loopback one
@@ -356,28 +360,38 @@ def has_ended(sweep: Training) -> bool:
     return sweep.process.exitcode is not None
 
 
+def started_sweep(folder: Path, arguments: list[str]) -> Training:
+    """Once both trials have trained for a while."""
+    before, sweep = journal_lines(folder), Training(folder, arguments)
+
+    def is_under_way() -> bool:
+        return is_training(folder, 2) and journal_lines(folder) > before + 20
+
+    wait_until(lambda: is_under_way() or has_ended(sweep), what="both trials train")
+    return sweep
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
-    fixed = {**fields_of(tiny_arguments), "epochs": 30, "preflight": False}
+    fixed = {**fields_of(tiny_arguments), "epochs": 60, "preflight": False}
     arguments = ["sweep", "--sweep", write(store, fixed=fixed, grid={"seed": [0, 1]})]
 
-    sweep = Training(store, arguments)
-    wait_until(lambda: is_training(store, 2) or has_ended(sweep), what="both trials train")
-    sweep.kill(signal.SIGINT)
-    assert sweep.wait() == 130, sweep.output
-    (parent,) = runs("sweep")
-    assert parent.info.status == "KILLED"
-    children = {run.info.run_id for run in runs("main")}
-    assert {run.info.status for run in runs("main")} == {"KILLED"}
-    assert {t["state"] for t in trials_of(parent.info.run_id).values()} == {"stopped"}
-    assert len(list(store.glob(".cache/runs/*/last.pt"))) == 2
+    for number, code in ((signal.SIGINT, 130), (signal.SIGHUP, 143)):
+        sweep = started_sweep(store, arguments)
+        if number == signal.SIGHUP:  # a terminal that is gone says so to all that it has started
+            for process in psutil.Process(sweep.process.pid).children(recursive=True):
+                process.send_signal(number)
+        sweep.kill(number)
+        assert sweep.wait() == code, sweep.output
+        (parent,) = runs("sweep")
+        assert parent.info.status == "KILLED"
+        children = {run.info.run_id for run in runs("main")}
+        assert {run.info.status for run in runs("main")} == {"KILLED"}
+        assert {t["state"] for t in trials_of(parent.info.run_id).values()} == {"stopped"}
+        assert len(list(store.glob(".cache/runs/*/last.pt"))) == 2
 
-    before = journal_lines(store)
-    sweep = Training(store, arguments)
-    wait_until(
-        lambda: journal_lines(store) > before + 20 or has_ended(sweep), what="the trials go on"
-    )
+    sweep = started_sweep(store, arguments)
     sweep.kill(signal.SIGKILL)
     assert sweep.wait() == -9, sweep.output
     assert {run.info.status for run in runs("main")} == {"RUNNING"}
@@ -388,9 +402,36 @@ def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
     assert {run.info.run_id: run.info.status for run in runs("main")} == dict.fromkeys(
         children, "FINISHED"
     )
-    assert {run.data.tags["resumed"] for run in runs("main")} == {"2"}
+    assert {run.data.tags["resumed"] for run in runs("main")} == {"3"}
     trials = trials_of(parent.info.run_id).values()
     assert {trial["run_id"] for trial in trials} == children
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MlflowException])
+def test_trials_under_way_are_stopped_while_the_store_is_away(store, monkeypatch, capfd, error):
+    """Then not even the page can be looked at, and nobody says what became of the trials."""
+    cancelled = []
+    monkeypatch.setattr("ray.remote", lambda **_: lambda _: SimpleNamespace(remote=lambda _: "ref"))
+    monkeypatch.setattr("ray.wait", lambda refs, **_: ([], refs))
+    monkeypatch.setattr("ray.cancel", cancelled.append)
+    monkeypatch.setenv("LONGTAIL_STORE_PATIENCE", "1")
+    plan = read_sweep(write(store, grid={"seed": [0]}), {})
+    (point,) = points_of(plan)
+    job = sweep_stage.Job(point.config, Trial(point.fields, ("config", "splits")), "0.log")
+
+    def away(*_: object, **__: object) -> None:
+        raise MlflowException("API request to /runs/search failed with exception: refused")
+
+    def interrupted(_: object) -> None:
+        monkeypatch.setattr(MlflowClient, "search_runs", away)
+        raise error("while the tracking store does not answer")
+
+    monkeypatch.setattr(sweep_stage.Page, "show", interrupted)
+    with start_run("a sweep", {"stage": "sweep"}) as parent, pytest.raises(error) as raised:
+        sweep_stage.drive(parent, [job], [job], plan, 0.0)
+    assert cancelled == ["ref"]
+    assert "stopping 1 trials" in capfd.readouterr().err
+    assert (sweep_stage.GOES_ON in str(raised.value)) == (error is KeyboardInterrupt)
 
 
 # --- a cluster --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts.cli import main
 from longtail_experts.tracking import registry
+from longtail_experts.tracking.experts import recorded_config
 from longtail_experts.tracking.logits import SplitLogits, load_expert_logits
 from longtail_experts.tracking.registry import paired_difference, register
 from longtail_experts.tracking.runs import Run, host_lock
@@ -174,6 +175,24 @@ def test_main_registers_what_it_was_asked_to(store, tiny_arguments):
     with torch.no_grad():
         assert model(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 5)
     assert len(expert.class_names) == 5
+
+
+@pytest.mark.parametrize("again", ["calibrate", "resume"])
+def test_a_registration_cut_off_is_done_by_asking_again(experts_copy, capsys, again):
+    run = Run(experts_copy["ce"])
+    if again == "calibrate":
+        config = recorded_config(run).replace(register_as="experts")
+        run.write_text("config.yaml", config.to_yaml())
+        command = ["calibrate", "--run_id", run.run_id]
+    else:
+        command = ["main", "--resume", run.run_id, "--register_as", "experts"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "registered as experts: version 1" in out
+    assert "already; nothing else was changed" in out
+    assert run.tags["registered_as"] == "experts/1"
+    assert main(command) == 0
+    assert "registered as" not in capsys.readouterr().out
 
 
 def test_one_process_at_a_time_decides_who_is_champion(monkeypatch):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import mlflow
 import pytest
 import requests
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -18,10 +19,20 @@ from mlflow.utils import name_utils
 
 from longtail_experts.cli import main
 from longtail_experts.tracking import patience, runs
-from longtail_experts.tracking.checkpoints import read_checkpoint
+from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
 from longtail_experts.tracking.experts import children_of
-from longtail_experts.tracking.runs import NOTE, Run, RunError, StoreError, open_run, start_run
-from longtail_experts.tracking.stale import offer_to_resume
+from longtail_experts.tracking.interrupts import Terminated
+from longtail_experts.tracking.runs import (
+    NOTE,
+    Run,
+    RunError,
+    StoreError,
+    UndeliveredError,
+    claimed,
+    open_run,
+    start_run,
+)
+from longtail_experts.tracking.stale import offer_to_resume, reap
 
 
 def test_params_that_the_launcher_has_logged_are_left_alone(store):
@@ -100,6 +111,91 @@ def test_a_run_never_stays_running(store, error, status):
     assert MlflowClient().get_run(run_id).info.status == status
 
 
+def test_a_second_signal_does_not_hide_what_the_first_one_said(store, monkeypatch):
+    """`mlflow run` sends SIGTERM a moment after a Ctrl-C."""
+    ended, end = [], runs._end
+
+    def interrupted_once(*arguments: object) -> None:
+        ended.append(arguments)
+        if len(ended) == 1:
+            raise Terminated
+        end(*arguments)
+
+    monkeypatch.setattr(runs, "_end", interrupted_once)
+    says = "-P resume=... goes on from there"
+    with pytest.raises(KeyboardInterrupt, match=says), start_run("1", {"stage": "data"}) as run:
+        raise KeyboardInterrupt(says)
+    assert run.status == "KILLED"
+    ended.clear()
+    # A failure must not make one forgotten.
+    with pytest.raises(Terminated), start_run("2", {"stage": "data"}) as run:
+        raise ValueError
+    assert run.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("error", "hasty"),
+    [
+        (UndeliveredError("for too long"), True),
+        (MlflowException("database is locked"), True),
+        (RunError("of another kind"), False),
+    ],
+)
+def test_a_store_that_was_waited_for_is_not_waited_for_again(store, monkeypatch, error, hasty):
+    waited, end = [], runs._end
+    monkeypatch.setattr(runs, "_end", lambda *a: (waited.append(a[2]), end(*a)))
+    with pytest.raises(type(error)), start_run("a run", {"stage": "data"}):
+        raise error
+    assert waited == [patience.KILLED_PATIENCE if hasty else 600.0]
+
+
+def test_a_run_that_could_not_be_opened_again_is_as_it_was(store, monkeypatch):
+    """MLflow sets the status before the tags."""
+    with pytest.raises(KeyboardInterrupt), start_run("a run", {"stage": "train"}) as run:
+        raise KeyboardInterrupt
+    log_batch = MlflowClient.log_batch
+
+    def fails(*_: object, **__: object) -> None:
+        assert run.status == "RUNNING"
+        raise MlflowException("disk I/O error")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fails)
+    with start_run("the parent", {"stage": "all"}) as parent:
+        with pytest.raises(StoreError), start_run("a run", {"stage": "train"}, existing=run):
+            raise AssertionError
+        monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+        assert mlflow.active_run().info.run_id == parent.run_id
+    assert (run.status, parent.status) == ("KILLED", "FINISHED")
+
+
+@pytest.mark.parametrize(
+    ("stage", "tags", "status"),
+    [
+        ("train", {"training": "complete"}, "FINISHED"),
+        ("main", {"training": "complete"}, "FAILED"),
+        ("main", {"training": "complete", "calibrated": "true"}, "FINISHED"),
+    ],
+)
+def test_a_run_that_only_its_status_was_missing_of_is_reaped_as_finished(
+    store, capsys, stage, tags, status
+):
+    run = cut_off("a run")
+    run.set_tags({"stage": stage, **tags})
+    assert main(["reap"]) == 0
+    assert f"run {run.run_id} (a run): {status}, 0 points delivered" in capsys.readouterr().out
+    assert run.status == status
+
+
+def test_a_run_that_goes_on_by_now_is_not_reaped(store):
+    run = cut_off("a run")  # as far as was seen when the runs to reap were listed
+    with claimed(run):
+        assert "left RUNNING" in reap(run)
+        assert run.status == "RUNNING"
+    run.client.set_terminated(run.run_id, "FINISHED")
+    assert "is FINISHED by now" in reap(run)
+    assert run.status == "FINISHED"
+
+
 @pytest.mark.parametrize("stage", ["data", "train"])  # the latter before its config was written
 def test_a_run_of_any_stage_is_reaped_once_its_process_is_gone(store, stage, capsys, caplog):
     """Cut off by SIGKILL, which leaves it RUNNING."""
@@ -174,6 +270,10 @@ def test_a_run_of_a_deleted_experiment_is_refused(store):
         open_run(run.run_id)
 
 
+def full_disk_of_torch(*_: object) -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")
+
+
 def test_a_full_disk_of_artifacts_is_one_line(store, monkeypatch):
     def raises(error: OSError) -> None:
         def log_artifact(*_: object) -> None:
@@ -186,6 +286,12 @@ def test_a_full_disk_of_artifacts_is_one_line(store, monkeypatch):
         raises(OSError(errno.ENOSPC, "No space left on device"))
         with pytest.raises(RunError, match=r"artifact a/b.txt cannot be written \(No space left"):
             run.write_text("a/b.txt", "text")
+        raises(shutil.Error([("a", "b", "[Errno 28] No space left on device")]))
+        with pytest.raises(RunError, match=r"cannot be written \(.*No space left"):
+            run.write_text("a/b.txt", "text")
+        monkeypatch.setattr(torch, "save", full_disk_of_torch)
+        with pytest.raises(RunError, match=r"final_calibrated.pt cannot be written \(.*unexpected"):
+            save_checkpoint(run, "final_calibrated", {})
         raises(requests.exceptions.InvalidURL("what a server is at fault for"))
         with pytest.raises(requests.exceptions.InvalidURL):
             run.write_text("a/b.txt", "text")

@@ -56,8 +56,12 @@ def run(run_id: str, changes: dict[str, str]) -> None:
     source = open_run(run_id)
     with claimed(source):
         if is_calibrated(source):
+            name = experts.recorded_config(source).register_as
             with experts.launched_calibration_run(source):
-                print(f"run {run_id} is calibrated already; nothing was changed")
+                if name:  # which may have been cut off
+                    register(source, name)
+                else_ = "else " if name else ""
+                print(f"run {run_id} is calibrated already; nothing {else_}was changed")
             return
         require_not_running(source)
         experts.require_trained(source)

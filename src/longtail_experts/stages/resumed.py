@@ -14,8 +14,9 @@ from longtail_experts.stages.inputs import (
 )
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.logits import is_calibrated
+from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError, open_run
-from longtail_experts.tracking.stale import require_not_running, require_training
+from longtail_experts.tracking.stale import is_complete, require_not_running, require_training
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,18 @@ class Begun:
 def is_done(run_: Run) -> bool:
     """Whether nothing of what its stage does is missing. MLflow ends a run as FINISHED that someone
     opened to add a tag, whatever had become of it."""
-    tags = run_.tags
-    if tags["stage"] == "train":
-        return "training" in tags
-    if tags["stage"] == "main":
-        return is_calibrated(run_)
+    if run_.tags["stage"] != "all":
+        return is_complete(run_)
     children = experts.children_of(run_)
     return all(loss in children and is_calibrated(children[loss]) for loss in LOSS_NAMES)
+
+
+def register_finished(run_: Run, name: str) -> None:
+    """The expert, or those of loss=all, as far as they are not registered yet."""
+    is_one = run_.tags["stage"] != "all"
+    for expert in [run_] if is_one else experts.children_of(run_).values():
+        if is_calibrated(expert):
+            register(expert, name)
 
 
 def open_begun(
@@ -57,6 +63,7 @@ def open_begun(
     else:
         launcher = experts.launched_resuming_run(source)
     require_training(source)
+    recorded = None
     is_finished = source.status == "FINISHED" and is_done(source)
     if not is_finished:
         require_not_running(source)
@@ -69,11 +76,14 @@ def open_begun(
         )
     elif not is_finished:
         raise RunError(f"run {run_id}: was cut off before it began to train; start a new one")
+    changes = {name: given[name] for name in MAY_CHANGE_ON_RESUME if name in given}
     if is_finished:
         with launcher:
-            print(f"run {run_id} is finished already; nothing was changed")
+            name = recorded.replace(**changes).register_as if recorded else None
+            if name:  # asked for by now, or what was cut off at the very end
+                register_finished(source, name)
+            print(f"run {run_id} is finished already; nothing {'else ' if name else ''}was changed")
         return None
-    changes = {name: given[name] for name in MAY_CHANGE_ON_RESUME if name in given}
     config = resolve(recorded.replace(**{"device": "auto"} | changes))
     data = load_dataset(config)
     children = experts.children_of(source) if source.tags["stage"] == "all" else {}

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,8 @@ from longtail_experts.stages.inputs import for_one_expert, load_dataset, resolve
 from longtail_experts.stages.trial import Order, Outcome, run_trial
 from longtail_experts.tracking import experts, sweeps
 from longtail_experts.tracking.identity import code_sha256
-from longtail_experts.tracking.interrupts import delayed_signals, raise_for
+from longtail_experts.tracking.interrupts import Terminated, delayed_signals, raise_for
+from longtail_experts.tracking.patience import in_haste
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.runs import Run, RunError, one_process
 
@@ -45,6 +46,7 @@ PAGE_EVERY = 15.0  # seconds between two looks at what is running, and at the sw
 START_WITHIN = "180"  # seconds; Ray gives itself 30, which a busy machine does not keep
 STOPPING = 60.0  # seconds in which trials told to stop write their checkpoints
 OBJECT_STORE = 100 * 2**20  # bytes; configs and outcomes are all that is passed around
+GOES_ON = "the same command goes on with this sweep"
 NAMED = 5  # failed trials in the last line
 # Fields that leave images and splits as they are: their trials share one look at the data.
 NOT_OF_THE_DATA = {
@@ -113,10 +115,14 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
             name, sweep.model_dump(), sweep_sha256, synthetic, existing
         ) as parent:
             parent.write_text("sweep.yaml", sweep.to_yaml())
+            trials = [job.trial for job in jobs]
             try:
                 drive(parent, jobs, left, sweep, gpus)
-            finally:
-                sweeps.record_trials(parent, [job.trial for job in jobs])
+            except BaseException:  # which says more than a store that is away
+                with in_haste(), suppress(Exception):
+                    sweeps.record_trials(parent, trials)
+                raise
+            sweeps.record_trials(parent, trials)
             failed = [job for job in jobs if job.trial.state == "failed"]
             if failed:
                 named = "; ".join(
@@ -249,7 +255,11 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
+    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)
+    handler_of_hang_up = signal.getsignal(hang_up)
     try:
+        if address == LOCAL:  # its processes inherit it: a lost terminal is ours to heed
+            signal.signal(hang_up, signal.SIG_IGN)
         ray.init(
             address=address,
             runtime_env={"env_vars": environment_of_workers(threads)},
@@ -264,6 +274,7 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
             remedy = "`ray start --head` starts one; RAY_AUTH_TOKEN must be the same here and there"
         raise ConfigError(f"address={address}: {what} ({first_line(error)}); {remedy}") from None
     finally:
+        signal.signal(hang_up, handler_of_hang_up)
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     try:
         require_room_for(ray, address, threads)
@@ -318,7 +329,7 @@ def value_of(ray: Any, ref: Any) -> Any:
 def drive(parent: Run, jobs: Sequence[Job], left: Sequence[Job], sweep: Sweep, gpus: float) -> None:
     """Hand every trial that is left to Ray, and those that fail or are lost once more.
 
-    On Ctrl-C or SIGTERM the trials under way write their checkpoints first.
+    Whatever ends it early, the trials under way write their checkpoints first.
     """
     if not left:
         return
@@ -329,7 +340,7 @@ def drive(parent: Run, jobs: Sequence[Job], left: Sequence[Job], sweep: Sweep, g
     at_once = sweep.trials_at_once or len(left)
     begun = sweeps.unfinished_trials(parent)
     page = Page(parent, jobs)
-    with delayed_signals() as arrived, page:
+    with delayed_signals() as arrived, page, stopped_in_the_end(ray, parent, submitted):
         while waiting or submitted:
             while waiting and len(submitted) < at_once:
                 job = waiting.popleft()
@@ -348,8 +359,7 @@ def drive(parent: Run, jobs: Sequence[Job], left: Sequence[Job], sweep: Sweep, g
                 elif job.trial.state == "failed":
                     page.say(f"{job.trial.label}: failed again: {job.trial.reason}\n{outcome.tail}")
             if arrived:
-                stop(ray, parent, submitted)
-                raise_for(arrived[0], "the same command goes on with this sweep")
+                raise_for(arrived[0], GOES_ON)
             page.show()
     sweeps.reap_trials(parent)
 
@@ -397,16 +407,26 @@ def conclude(job: Job, outcome: Outcome, parent: Run, begun: Mapping[str, Any]) 
             parent.write_text(f"logs/{job.log}", outcome.tail)
 
 
-def stop(ray: Any, parent: Run, submitted: Mapping[Any, Job]) -> None:
-    """Have the trials under way end as KILLED, with a checkpoint."""
-    print(f"\nstopping {len(submitted)} trials, within {STOPPING:.0f} s", file=sys.stderr)
-    for ref in submitted:
-        ray.cancel(ref)
-    ray.wait(list(submitted), num_returns=len(submitted), timeout=STOPPING)
-    begun = sweeps.unfinished_trials(parent)
-    for job in submitted.values():
-        job.trial.run_id = sweeps.newest(begun, job.trial.key)
-        job.trial.state = "stopped" if job.trial.run_id else "waiting"
+@contextmanager
+def stopped_in_the_end(ray: Any, parent: Run, submitted: Mapping[Any, Job]) -> Iterator[None]:
+    """Where a signal or a failure ends the block, the trials under way end as KILLED, with a
+    checkpoint; so they do where the store is away and nobody can say what became of them."""
+    try:
+        yield
+    except BaseException as error:
+        if submitted:
+            print(f"\nstopping {len(submitted)} trials, within {STOPPING:.0f} s", file=sys.stderr)
+            for ref in submitted:
+                ray.cancel(ref)
+            ray.wait(list(submitted), num_returns=len(submitted), timeout=STOPPING)
+            with in_haste(), suppress(Exception, KeyboardInterrupt, Terminated):
+                begun = sweeps.unfinished_trials(parent)
+                for job in submitted.values():
+                    job.trial.run_id = sweeps.newest(begun, job.trial.key)
+                    job.trial.state = "stopped" if job.trial.run_id else "waiting"
+        if not isinstance(error, Exception):
+            error.args = (GOES_ON,)
+        raise
 
 
 class Page:
@@ -416,7 +436,7 @@ class Page:
     def __init__(self, parent: Run, jobs: Sequence[Job]):
         self._parent, self._trials = parent, [job.trial for job in jobs]
         self._looked = self._shown = -math.inf
-        self._recorded = ""
+        self._recorded, self._is_behind = "", False
 
     def __enter__(self) -> "Page":
         self._bar = tqdm(
@@ -439,9 +459,13 @@ class Page:
         if now - self._looked > PAGE_EVERY:
             self._looked = now
             try:
-                self._look()
+                with in_haste():
+                    self._look()
+                self._is_behind = False
             except Exception as error:  # the trials go on whatever the page shows
-                log.warning("the sweep's page is not up to date (%s)", first_line(error))
+                if not self._is_behind:
+                    log.warning("the sweep's page is not up to date (%s)", first_line(error))
+                self._is_behind = True
         self._bar.n = self._num("finished", "found", "failed")
         self._bar.set_postfix(
             running=self._num("running"), failed=self._num("failed"), refresh=False

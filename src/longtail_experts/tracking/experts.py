@@ -75,7 +75,7 @@ def start_expert_run(
         tags = tags_of_resumed(existing, config)
     name = run_name(config, config.loss)
     opened = start_run(name, tags, parent, existing, system_metrics=True)
-    with claimed(existing), opened as run:
+    with claimed(existing), opened as run, claimed(None if existing else run):
         try:
             if existing is None or not run.has_artifact("config.yaml"):
                 run.write_text("config.yaml", config.to_yaml())  # all that going on with it needs
@@ -173,7 +173,7 @@ def start_parent_run(config: Config, existing: Run | None = None) -> Iterator[Ru
         tags = tags_of_resumed(existing, config)
     name = run_name(config, "all experts")
     opened = start_run(name, tags, existing=existing)
-    with claimed(existing), opened as parent:
+    with claimed(existing), opened as parent, claimed(None if existing else parent):
         try:
             if existing is None:
                 parent.write_text("config.yaml", config.to_yaml())

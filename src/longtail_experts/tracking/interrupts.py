@@ -74,6 +74,17 @@ def delayed_signals() -> Iterator[list[int]]:
         raise_for(arrived[0])
 
 
+@contextmanager
+def ignored_signals() -> Iterator[None]:
+    """For what is done about a signal: another of them would cut it off. In the main thread."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def heed(arrived: list[int]) -> None:
     """In this thread, act on the signals that the main thread notes in its block."""
     _heeded.set(arrived)

@@ -142,7 +142,8 @@ def log_expert_model(
             prior=prior.tolist(),
         )
 
-    patiently(log_whole, patience())
+    with run.disk_at_fault("expert"):
+        patiently(log_whole, patience())
 
 
 def _requirements() -> list[str]:

@@ -1,9 +1,12 @@
 """Waiting for a tracking store that is locked, restarting or away for a while."""
 
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import requests
@@ -16,6 +19,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds between two tries, doubled after each
+KILLED_PATIENCE = 3.0  # seconds that a run told to stop waits for its store
+_at_most: ContextVar[float] = ContextVar("at_most", default=math.inf)
 # What a store says that will answer later. MLflow has no error code for most of them.
 TRANSIENT = (
     "database is locked",
@@ -38,10 +43,21 @@ def patience() -> float:
     """Seconds for which a run that has begun waits for its store (LONGTAIL_STORE_PATIENCE)."""
     text = os.environ.get("LONGTAIL_STORE_PATIENCE", "600")
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
         log.warning("LONGTAIL_STORE_PATIENCE=%s is not a number of seconds; 600 is used", text)
-        return 600.0
+        seconds = 600.0
+    return min(seconds, _at_most.get())
+
+
+@contextmanager
+def in_haste() -> Iterator[None]:
+    """Within the block `patience` is a few seconds: for whoever is told to stop."""
+    outside = _at_most.set(KILLED_PATIENCE)
+    try:
+        yield
+    finally:
+        _at_most.reset(outside)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -24,8 +24,13 @@ from mlflow.entities import Metric
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.checkpoints import CheckpointError, read_checkpoint, read_file
 from longtail_experts.tracking.interrupts import stop_if_heeded
-from longtail_experts.tracking.patience import FIRST_PAUSE, LONGEST_PAUSE, patience
-from longtail_experts.tracking.runs import BATCH, KILLED_PATIENCE, Run, RunError, StoreError
+from longtail_experts.tracking.patience import (
+    FIRST_PAUSE,
+    KILLED_PATIENCE,
+    LONGEST_PAUSE,
+    patience,
+)
+from longtail_experts.tracking.runs import BATCH, Run, RunError, StoreError, UndeliveredError
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +39,6 @@ log = logging.getLogger(__name__)
 SENDING_SHARE = 0.02
 LONGEST_GATHERING = 5.0  # seconds, for points, however long it took to send the last ones
 Point = tuple[str, float, int, int]  # name, value, optimiser step, milliseconds since 1970
-
-
-class UndeliveredError(RunError):
-    """The store has not answered for too long; nothing is lost, the message says where it is."""
 
 
 def local_folder(run_id: str) -> Path:

@@ -37,7 +37,14 @@ from mlflow.utils import name_utils
 from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
-from longtail_experts.tracking.patience import PatientClient, is_transient, patience, patiently
+from longtail_experts.tracking.patience import (
+    KILLED_PATIENCE,
+    PatientClient,
+    in_haste,
+    is_transient,
+    patience,
+    patiently,
+)
 from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.report import (
     KEPT_OF_A_TAG,
@@ -55,7 +62,6 @@ log = logging.getLogger(__name__)
 
 SYSTEM_METRICS = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"
 SAMPLING_INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
-KILLED_PATIENCE = 3.0  # seconds that a run told to stop waits for its store
 MAX_TEXT = 100_000_000  # bytes of a JSON, YAML or Markdown artifact that is read back
 RACES = 20  # of two runs that record the same data set at once; one a data set is lost at most
 NOTE = "mlflow.note.content"
@@ -68,6 +74,10 @@ class RunError(RuntimeError):
 
 class StoreError(RunError):
     """The store cannot take a run."""
+
+
+class UndeliveredError(RunError):
+    """The store has not answered for too long; nothing is lost, the message says where it is."""
 
 
 FAILURES = (RunError, MlflowException)  # of which one line says what there is to say
@@ -118,20 +128,24 @@ class Run:
 
     def upload(self, local: Path, folder: str | None, wait: bool = True) -> None:
         client = self.client if wait else self.plain_client
-        with self._disk_at_fault(os.path.join(folder or "", local.name)):
+        with self.disk_at_fault(os.path.join(folder or "", local.name)):
             client.log_artifact(self.run_id, str(local), folder)
 
     @contextmanager
-    def _disk_at_fault(self, name: str) -> Iterator[None]:
-        """RunError for what a disk raises; a store's errors are left as they are."""
+    def disk_at_fault(self, name: str) -> Iterator[None]:
+        """RunError for what a disk raises, and PyTorch and shutil in its place; errors of a store
+        are left as they are."""
         try:
             yield
-        except OSError as error:
-            if error.errno is None or is_transient(error):
+        except (OSError, RuntimeError) as error:
+            number = getattr(error, "errno", None)
+            is_in_its_place = isinstance(error, shutil.Error) or "inline_container" in str(error)
+            if not (number or is_in_its_place) or is_transient(error):
                 raise
+            says = getattr(error, "strerror", None) or first_line(error)
             raise RunError(
-                f"run {self.run_id}: artifact {name} cannot be written "
-                f"({error.strerror or first_line(error)}); make room, then do this again"
+                f"run {self.run_id}: artifact {name} cannot be written ({says[:300]}); make room, "
+                "then do this again"
             ) from None
 
     def describe(self, markdown: str) -> None:
@@ -151,7 +165,7 @@ class Run:
     def artifact(self, path: str) -> Iterator[Path]:
         """A local path to write; what is there at the end of the block becomes the artifact."""
         folder, name = os.path.split(path)
-        with self._disk_at_fault(path), tempfile.TemporaryDirectory() as scratch:
+        with self.disk_at_fault(path), tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / name
             yield local
             self.upload(local, folder or None)
@@ -356,11 +370,14 @@ def start_run(
         mlflow.set_system_metrics_sampling_interval(30)
     uri = mlflow.get_tracking_uri()
     nested = parent is not None or mlflow.active_run() is not None
-    run, status = None, "FAILED"
+    run, status, failure = None, "FAILED", None
+    status_before = None  # of `existing`: MLflow changes it first, and may fail at what comes next
 
     def open_it() -> None:
-        nonlocal run
+        nonlocal run, status_before
         with _first_contact(uri):
+            if existing is not None and status_before is None:
+                status_before = existing.plain_client.get_run(existing.run_id).info.status
             if existing is None and parent is None:
                 _require_nothing_recorded(launched_run_id())
             active = mlflow.start_run(
@@ -376,25 +393,32 @@ def start_run(
             run = Run(active.info.run_id)
 
     try:
-        # A child waits for a store that is away: its parent has begun.
+        # What has begun waits for a store that is away: a child's parent, a run once more.
         with _store_at_fault(f"no run can be started in {uri}"):
-            patiently(open_it, patience() if parent else 0.0)
+            patiently(open_it, patience() if parent or existing else 0.0)
         if existing is None and (is_generated(run.name) or name.startswith("DEMO")):
             run.rename(name)
         _require_usable_artifact_root(run)
         yield run
         status = "FINISHED"
     except BaseException as error:
+        failure = error
         if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
             status = "KILLED"
         raise
     finally:
+        has_waited = isinstance(failure, UndeliveredError) or (failure and is_transient(failure))
         try:
             if run is not None:
-                _end(run, status, KILLED_PATIENCE if status == "KILLED" else patience())
+                is_hasty = status == "KILLED" or has_waited
+                _end(run, status, KILLED_PATIENCE if is_hasty else patience())
+            elif existing is not None and status_before is not None:
+                _put_back(existing, status_before)
         except BaseException:  # Ctrl-C or SIGTERM meanwhile
-            _end(run, status, KILLED_PATIENCE)
-            raise
+            if run is not None:
+                _end(run, status, KILLED_PATIENCE)
+            if status != "KILLED":  # else the signal under way says how to go on
+                raise
 
 
 def _require_nothing_recorded(run_id: str | None) -> None:
@@ -427,12 +451,22 @@ def _end(run: Run, status: str, seconds: float) -> None:
         mlflow.end_run(status)
 
 
+def _put_back(run: Run, status: str) -> None:
+    """Of a run that could not be opened once more."""
+    update = partial(run.plain_client.update_run, run.run_id, status)
+    with suppress(Exception):
+        patiently(update, KILLED_PATIENCE, heeds=False)
+
+
 def end_unopened_run() -> None:
     """KILLED for the run that `mlflow run` has created for this process, where the process is told
     to stop before it has opened it: the launcher may be gone, and would leave it RUNNING."""
     run_id = launched_run_id()
-    if run_id is not None and Run(run_id).status == "RUNNING":
-        _end(Run(run_id), "KILLED", KILLED_PATIENCE)
+    if run_id is None:
+        return
+    with in_haste(), suppress(Exception):  # a store that is away: the launcher says so too
+        if Run(run_id).status == "RUNNING":
+            _end(Run(run_id), "KILLED", KILLED_PATIENCE)
 
 
 @contextmanager

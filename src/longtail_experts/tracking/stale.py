@@ -7,10 +7,11 @@ import mlflow
 
 from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.sources import first_line
+from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.patience import PatientClient
 from longtail_experts.tracking.processes import is_alive, is_on_this_host
 from longtail_experts.tracking.recorder import deliver_left_over
-from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
+from longtail_experts.tracking.runs import Run, RunError, claimed, launched_run, open_run
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +106,25 @@ def launched_reaping_run() -> AbstractContextManager[Run | None]:
     return launched_run("reap", {"stage": "reap"})
 
 
+def is_complete(run: Run) -> bool:
+    """Whether nothing is missing of what its stage does for one expert."""
+    tags = run.tags
+    return "training" in tags if tags.get("stage") == "train" else is_calibrated(run)
+
+
 def reap(run: Run) -> str:
-    """Deliver what the run's process left on this disk, mark it FAILED; says what was done."""
+    """Deliver what the run's process left on this disk, mark it FAILED, or FINISHED where nothing
+    but that was missing; says what was done. One that goes on again by now is left alone."""
     try:
-        delivered = deliver_left_over(run)
+        with claimed(run):
+            require_no_process(run)
+            if run.status != "RUNNING":
+                return f"run {run.run_id}: is {run.status} by now"
+            delivered = deliver_left_over(run)
+            status = "FINISHED" if is_complete(run) else "FAILED"
+            run.client.set_terminated(run.run_id, status)
     except Exception as error:  # the journal of one run must not keep the others RUNNING
-        return (
-            f"run {run.run_id}: left RUNNING, its points cannot be delivered: {first_line(error)}"
-        )
-    run.client.set_terminated(run.run_id, "FAILED")
+        return f"run {run.run_id}: left RUNNING: {first_line(error)}"
     hint = f"; -P resume={run.run_id} goes on with it" if can_go_on(run) else ""
-    return f"run {run.run_id} ({run.name}): FAILED, {delivered} points delivered{hint}"
+    hint = hint if status == "FAILED" else ", nothing is missing"
+    return f"run {run.run_id} ({run.name}): {status}, {delivered} points delivered{hint}"
