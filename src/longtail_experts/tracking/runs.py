@@ -370,7 +370,7 @@ def start_run(
         mlflow.set_system_metrics_sampling_interval(30)
     uri = mlflow.get_tracking_uri()
     nested = parent is not None or mlflow.active_run() is not None
-    run, status, failure = None, "FAILED", None
+    run, status, seconds = None, "FAILED", None
     status_before = None  # of `existing`: MLflow changes it first, and may fail at what comes next
 
     def open_it() -> None:
@@ -402,16 +402,15 @@ def start_run(
         yield run
         status = "FINISHED"
     except BaseException as error:
-        failure = error
         if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
             status = "KILLED"
+        if status == "KILLED" or isinstance(error, UndeliveredError) or is_transient(error):
+            seconds = KILLED_PATIENCE  # it was waited for already
         raise
     finally:
-        has_waited = isinstance(failure, UndeliveredError) or (failure and is_transient(failure))
         try:
             if run is not None:
-                is_hasty = status == "KILLED" or has_waited
-                _end(run, status, KILLED_PATIENCE if is_hasty else patience())
+                _end(run, status, patience() if seconds is None else seconds)
             elif existing is not None and status_before is not None:
                 _put_back(existing, status_before)
         except BaseException:  # Ctrl-C or SIGTERM meanwhile
