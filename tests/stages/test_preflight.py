@@ -220,7 +220,14 @@ def test_runs_from_before_this_field_are_resumed(store, tiny_arguments, monkeypa
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.1234, "0.123 s"), (42, "42 s"), (600, "10 min"), (5400, "1.5 h"), (36000, "10.0 h")],
+    [
+        (0.1234, "0.123 s"),
+        (42, "42 s"),
+        (95, "1.6 min"),
+        (600, "10 min"),
+        (5400, "1.5 h"),
+        (36000, "10.0 h"),
+    ],
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text

@@ -29,6 +29,8 @@ from longtail_experts.cli import main
 from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError, load_config
 from longtail_experts.stages import sweep as sweep_stage
 from longtail_experts.stages.grid import MOST_TRIALS, points_of, read_sweep
+from longtail_experts.tracking import sweeps
+from longtail_experts.tracking.report import SIGNATURE
 from longtail_experts.tracking.runs import one_process, start_run
 from longtail_experts.tracking.sweeps import Trial
 
@@ -405,6 +407,21 @@ def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
     assert {run.data.tags["resumed"] for run in runs("main")} == {"3"}
     trials = trials_of(parent.info.run_id).values()
     assert {trial["run_id"] for trial in trials} == children
+
+
+def test_a_page_of_many_trials_is_what_mlflow_keeps(store):
+    metrics = {f"test_balanced/{n}_accuracy": 0.5 for n in ("balanced", "head", "tail")}
+    trials = [
+        Trial({"seed": str(n), "loss": "ce"}, ("c", "s"), "finished", "0" * 32, metrics=metrics)
+        for n in range(60)
+    ]
+    with start_run("a sweep", {"stage": "sweep"}) as run:
+        for _ in range(2):
+            sweeps.record_trials(run, trials)
+    page = run.tags["mlflow.note.content"]
+    assert "The other trials are in report.md." in page
+    assert SIGNATURE.search(page)
+    assert not MlflowClient().list_artifacts(run.run_id, "notes")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MlflowException])

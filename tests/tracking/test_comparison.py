@@ -197,6 +197,15 @@ def test_points_of_the_plane_are_head_then_tail_and_the_diagonals_those_of_the_h
     monkeypatch.setattr(comparison_figures, "head_tail_plane", lambda *given: drawn.append(given))
     comparison_report.pictures(MEMBERS, None, {}, tmp_path)
     assert [given[:3] for given in drawn] == [(alone, {}, 0.6)]
+    first, drawn[:] = MEMBERS[0], []
+    there = first.expert.splits["test_balanced"].targets != 4  # no image of one tail class
+    some = SplitLogits(
+        *(a[there] for a in dataclasses.astuple(first.expert.splits["test_balanced"]))
+    )
+    splits = {**first.expert.splits, "test_balanced": some}
+    one = dataclasses.replace(first, expert=dataclasses.replace(first.expert, splits=splits))
+    comparison_report.pictures([one], None, {}, tmp_path)
+    assert [given[2] for given in drawn] == [0.75]
 
 
 @pytest.mark.parametrize("deployment", ["uniform", "test_lt"])

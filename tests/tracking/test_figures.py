@@ -1,9 +1,11 @@
 """What is saved of a figure, and what that takes."""
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from longtail_experts.tracking import figures
+from longtail_experts.learning.statistics import within_interval
+from longtail_experts.tracking import figures, study_figures
 
 
 def test_a_picture_is_that_of_savefig_drawn_once(tmp_path, monkeypatch, drawn_figures):
@@ -21,6 +23,42 @@ def test_a_picture_is_that_of_savefig_drawn_once(tmp_path, monkeypatch, drawn_fi
     ours = picture("ours.png", figures.save)
     assert len(drawn) == 1
     assert ours == picture("theirs.png", lambda figure, path, dpi: figure.savefig(path, dpi=dpi))
+
+
+def test_a_class_without_test_images_has_no_part_in_a_mean(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    recall, is_head = np.array([0.6, 0.4, np.nan, 0.2, np.nan]), np.array([1, 1, 1, 0, 0], bool)
+    counts = np.array([100, 50, 30, 10, 5])
+    figures.per_class_accuracy(recall, counts, is_head, tmp_path / "figure.png")
+    figures.per_class_accuracy(recall[[0, 4]], counts[[0, 4]], is_head[[0, 4]], tmp_path / "x.png")
+    told = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in drawn]
+    assert told == [
+        ["head: 2 classes, mean 50.0 %", "tail: 1 classes, mean 20.0 %"],
+        ["head: 1 classes, mean 60.0 %"],
+    ]
+
+
+def test_how_many_trainings_are_behind_each_interval_is_told_where_it_changes(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(study_figures, "save", lambda figure, path: drawn.append(figure))
+
+    def panel(*sizes: int) -> study_figures.Panel:
+        values = [[float(i) for i in range(size)] for size in sizes]
+        kinds = [{"noise": within_interval([v]) if v else None} for v in values]
+        return study_figures.Panel("", "head", list(zip(values, kinds, strict=True)))
+
+    panels = [panel(2, 5), panel(2, 5), panel(0, 2), panel(2, 5)]
+    study_figures.intervals(["ce", "la"], panels, ["noise"], "", tmp_path / "intervals.png")
+    told = [[t.get_text() for t in axes.get_yticklabels()] for axes in drawn[0].axes[:4]]
+    assert told == [
+        ["ce\nn = 2", "la\nn = 5"],
+        ["", ""],
+        ["", "n = 2"],
+        ["ce\nn = 2", "la\nn = 5"],
+    ]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

@@ -1,6 +1,7 @@
 """Which trainings a study holds, how it groups and pairs them, and what its tables say."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -18,7 +19,8 @@ from longtail_experts.data.batches import derive_seed
 from longtail_experts.learning import rules
 from longtail_experts.learning.losses import KNOBS_OF, LOSSES, Knobs
 from longtail_experts.tracking import study_report
-from longtail_experts.tracking.runs import RunError
+from longtail_experts.tracking.report import SIGNATURE
+from longtail_experts.tracking.runs import RunError, start_run
 from longtail_experts.tracking.study import (
     KNOBS,
     SPLITS_TOO,
@@ -32,6 +34,10 @@ from longtail_experts.tracking.study import (
 )
 
 BALANCED = "test_balanced/balanced_accuracy"
+ALL_METRICS = {
+    f"test_balanced/{name}": 0.5
+    for name in ("accuracy", "head_accuracy", "tail_accuracy", "ece", "ece_uncalibrated", "nll")
+}
 number = iter(range(10**9))
 
 
@@ -179,6 +185,34 @@ def test_of_the_same_training_twice_the_newest_counts():
     assert found.num_replaced == 2
     assert list(found.groups[0].values(BALANCED).values()) == [0.1]
     assert "2 left out" in study_report.summary(found)
+
+
+def test_numbers_are_in_order_however_they_are_written():
+    decays = [0.0005, 0.00005, 0.0001]
+    found = study(*(trial(weight_decay=decay) for decay in decays))
+    assert [g.settings["weight_decay"] for g in found.groups] == ["5e-05", "0.0001", "0.0005"]
+
+
+@pytest.mark.parametrize("num_groups", [3, 60])
+def test_a_page_opens_with_what_it_is_of_however_many_groups_there_are(
+    store, blank_figures, num_groups
+):
+    trials = [
+        trial(seed=seed, source="synthetic", weight_decay=1e-4 * (1 + group), metrics=ALL_METRICS)
+        for group in range(num_groups)
+        for seed in range(2)
+    ]
+    found = dataclasses.replace(study(*trials), status="KILLED", unfinished=("a | b",))
+    with start_run("a study", {"stage": "compare"}) as run:
+        study_report.record_study(run, found)
+    page = run.tags["mlflow.note.content"]
+    assert page.startswith("**Synthetic images.**")
+    assert "[With the figure, on one page](" in page
+    assert "The sweep's own run is KILLED." in page
+    assert SIGNATURE.search(page)
+    html = run.read_text(study_report.PAGE)
+    assert "The sweep&#x27;s own run is KILLED." in html
+    assert "1 left out, not calibrated: a | b." in html
 
 
 def test_what_a_grid_compares_is_a_setting_though_it_says_where_a_run_computed():
@@ -486,6 +520,11 @@ def test_a_temperature_at_the_bound_of_its_search_says_so():
         "Calibration on test_balanced: paired differences from ce",
     ]
     assert not any("bound" in s.words for s in study_report.sections_of(study(*trials[:3])))
+    half = {"temperature": 2.0, "temperature_at_bound": 1.0, "temperature_half_0": 0.0183}
+    halves = study_report.sections_of(study(trial(metrics=half), trial(seed=1, metrics=inside)))
+    words = " ".join(section.words for section in halves)
+    assert "T of a half of the test images at the bound of its search, and no" in words
+    assert " T at the bound" not in words
 
 
 def test_that_nothing_differs_is_said_of_what_is_recorded_alone():

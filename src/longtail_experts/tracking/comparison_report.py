@@ -242,7 +242,9 @@ def pictures(
                 comparison_figures.head_tail_plane,
                 plane,
                 stars,
-                float(first.groups["head"].double().mean()),
+                float(
+                    first.groups["head"][first.targets("test_balanced").unique()].double().mean()
+                ),
                 title,
             )
     picture(

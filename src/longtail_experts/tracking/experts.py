@@ -487,7 +487,7 @@ def success_checklist(
         *checks,
         report.temperature_helps(
             metrics["temperature"],
-            bool(metrics["temperature_at_bound"]),
+            report.at_bound_notice(metrics) if metrics["temperature_at_bound"] else "",
             metrics[f"{split}/nll"],
             metrics[f"{split}/nll_uncalibrated"],
             split,
@@ -585,15 +585,17 @@ def record_split_report(run: Run, config: Config, data: Dataset) -> None:
     """Sizes, absent classes and identical images of the splits, in words and as a figure."""
     counts = {split: data.class_counts(split).numpy() for split in data.split_names}
     same = data.manifest["identical_images"]
-    listed = "".join(f"\n- {', '.join(group)}" for group in same[:MAX_LISTED])
-    text = (
+    listed = "\n".join(f"- {', '.join(group)}" for group in same[:MAX_LISTED])
+    parts = [
         f"{notice(config)}{split_table(data)}\n\nSplits `{data.splits.sha256}` of "
         f"{config.source} `{data.images.fingerprint}`; disjoint by index, as checked.\n\n"
         f"Groups of images with identical pixels under different indices: {len(same)} "
-        f"(reported, not removed; all in splits/manifest.json).{listed}\n"
-    )
+        "(reported, not removed; all in splits/manifest.json).",
+        *([listed] if listed else []),
+    ]
+    text = "\n\n".join(parts) + "\n"
     run.write_text("report.md", text)
-    run.describe(text)
+    run.describe(report.fitting(parts, "The first of them are in report.md."))
     run.log_params(config.as_text() | {"splits_sha256": data.splits.sha256})
     with run.artifact("figures/splits.png") as path:
         figures.split_counts(counts, np.array(data.splits.pool_counts), path)

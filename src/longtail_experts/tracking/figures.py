@@ -159,9 +159,10 @@ def per_class_accuracy(
     """Recall on test_balanced of each class over its images in the LT pool."""
     figure, (axes,) = new_axes()
     for name, mask in (("head", is_head), ("tail", ~is_head)):
+        mask = mask & np.isfinite(recall)  # a class may have no image there
         if mask.any():
             colour, marker = MARKS[name]
-            mean = 100 * np.nanmean(recall[mask])
+            mean = 100 * recall[mask].mean()
             axes.scatter(
                 pool_counts[mask],
                 100 * recall[mask],

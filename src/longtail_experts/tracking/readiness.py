@@ -91,7 +91,9 @@ def duration(seconds: float) -> str:
     """Two to three digits in the unit that suits."""
     if seconds < 90:
         return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.{0 if seconds >= 600 else 1}f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def machine_section(

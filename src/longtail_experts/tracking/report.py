@@ -57,13 +57,13 @@ def validation_improved(
 
 
 def temperature_helps(
-    temperature: float, at_bound: bool, nll: float, uncalibrated: float, split: str = "test_lt"
+    temperature: float, bound: str, nll: float, uncalibrated: float, split: str = "test_lt"
 ) -> Check:
+    """bound: what of the temperature is at the bound of its search, in words; empty for nothing."""
     return Check(
         f"temperature interior, and NLL on {split} lower than at T = 1",
-        not at_bound and nll < uncalibrated,
-        f"T = {temperature:.4f}{' (at its bound)' if at_bound else ''}, NLL {nll:.4f} against "
-        f"{uncalibrated:.4f} nats",
+        not bound and nll < uncalibrated,
+        f"T = {temperature:.4f}{bound}, NLL {nll:.4f} against {uncalibrated:.4f} nats",
     )
 
 
@@ -179,13 +179,17 @@ def at_bound_notice(metrics: Mapping[str, float]) -> str:
     """Of a T that is where the search ends, so that neither it nor its interval is an estimate; or
     of an end of the interval that is."""
     if metrics.get("temperature_at_bound"):
-        if "temperature_half_0" in metrics and _is_inside(metrics["temperature"]):
-            return ", that of a half at the bound of the search"
-        return " at the bound of the search"
+        of_a_half = ", that of a half at the bound of the search"
+        return of_a_half if is_of_a_half(metrics) else " at the bound of the search"
     ends = (metrics[f"temperature_{end}"] for end in ("low", "high"))
     if not all(_is_inside(end) for end in ends if end > 0):
         return ", of which an end is the bound of the search"
     return ""
+
+
+def is_of_a_half(metrics: Mapping[str, float]) -> bool:
+    """Whether what is at the bound is the T of a half of the test images alone."""
+    return "temperature_half_0" in metrics and _is_inside(metrics["temperature"])
 
 
 def _is_inside(temperature: float) -> bool:

@@ -334,8 +334,8 @@ def in_order(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def natural(text: str) -> list[tuple[float, str]]:
-    """A sort key by which 2 comes before 10."""
-    parts = re.findall(r"[0-9]+(?:\.[0-9]+)?|[^0-9]+", text)
+    """A sort key by which 2 comes before 10, and 5e-05 before 0.0001."""
+    parts = re.findall(r"[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?|[^0-9]+", text)
     return [(float(p), "") if p[0] in "0123456789" else (-1.0, p) for p in parts]
 
 

@@ -51,11 +51,13 @@ def intervals(
         colour = MARKS[panel.mark][0]
         ax.set_title(panel.title, fontsize=10, color=ALL if colour == BEFORE else colour)
         ax.set_ylim(-0.6, len(labels) - 0.4)
-        with_n = [
-            f"{label}\n{number_of(by_kind)}"
-            for label, (_, by_kind) in zip(labels, panel.rows, strict=True)
-        ]
-        ax.set_yticks(places, with_n if number % COLUMNS == 0 else [""] * len(labels))
+        numbers = [number_of(by_kind) for _, by_kind in panel.rows]
+        if number % COLUMNS == 0:
+            told = numbers
+            beside = [f"{label}\n{n}" for label, n in zip(labels, numbers, strict=True)]
+        else:  # n where it is another than at the beginning of the row
+            beside = [n if n != first else "" for n, first in zip(numbers, told, strict=True)]
+        ax.set_yticks(places, beside)
         ax.margins(x=0.08)
         ax.grid(visible=False, axis="y")
         if panel.is_difference:

@@ -169,11 +169,17 @@ def sections_of(
 
 def at_bound(study: Study) -> str:
     """Which temperatures are where the search for them ended; nothing where none is."""
-    told = []
-    for group in study.groups:
-        number = sum(t.metrics.get("temperature_at_bound", 0) > 0 for t in group.trials)
-        told += [f"{group.label} {number} of {len(group.trials)}"] if number else []
-    return f" T at the bound of its search, and no estimate: {', '.join(told)}." if told else ""
+    words = ""
+    for of_a_half, what in ((False, "T"), (True, "T of a half of the test images")):
+        told = []
+        for group in study.groups:
+            found = [t.metrics for t in group.trials if t.metrics.get("temperature_at_bound")]
+            number = sum(report.is_of_a_half(metrics) == of_a_half for metrics in found)
+            told += [f"{group.label} {number} of {len(group.trials)}"] if number else []
+        words += f" {what} at the bound of its search, and no estimate: {', '.join(told)}." * bool(
+            told
+        )
+    return words
 
 
 def about_runs(study: Study) -> list[Section]:
@@ -213,8 +219,13 @@ def how_to_read(study: Study) -> str:
     return "\n".join(f"- {line}" for line in words)
 
 
-def summary(study: Study) -> str:
-    """How many trainings there are, on what, and what was left out."""
+def as_named(text: str) -> str:
+    return text
+
+
+def summary(study: Study, name: Callable[[str], str] = plain) -> str:
+    """How many trainings there are, on what, and what was left out; `name` makes what people have
+    named things into text."""
     trials = study.trials
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
     split_seeds = list(dict.fromkeys(trial.fields["split_seed"] for trial in trials))
@@ -229,10 +240,10 @@ def summary(study: Study) -> str:
     for why, names in (("not calibrated", study.unfinished), ("deleted", study.deleted)):
         if names:
             listed = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
-            words.append(f"{len(names)} left out, {why}: {plain(listed)}.")
+            words.append(f"{len(names)} left out, {why}: {name(listed)}.")
     if study.without_run:
         states = ", ".join(f"{number} {state}" for state, number in study.without_run.items())
-        words.append(f"Trials of the sweep that have no run: {plain(states)}.")
+        words.append(f"Trials of the sweep that have no run: {name(states)}.")
     if study.status != "FINISHED":
         words.append(f"The sweep's own run is {study.status}.")
     return " ".join(words)
@@ -389,7 +400,7 @@ def notice_of(study: Study) -> str:
 
 def record_study(run: Run, study: Study) -> list[str]:
     """study/{report.md, table.tex, table.csv, runs.csv, intervals.png, index.html} into `run`,
-    whose description opens with the first table; returns the report in parts."""
+    whose description opens with the first table, where that fits; returns the report in parts."""
     title, notice = f"Study of {study.name}", notice_of(study)
     sections = sections_of(study)
     how = how_to_read(study)
@@ -399,7 +410,8 @@ def record_study(run: Run, study: Study) -> list[str]:
         picture = draw(study, title, Path(scratch) / PICTURE)
         run.upload(Path(scratch) / PICTURE, FOLDER)
         reading = Section("How to read", how.replace("\n- ", " ")[2:], (), ())
-        page = html_page(title, notice, [*sections, reading], [picture], Path(scratch))
+        about = Section("Trainings", summary(study, as_named), (), ())
+        page = html_page(title, notice, [*sections, about, reading], [picture], Path(scratch))
     parts = markdown(plain(title), notice, sections)
     parts[0] = f"{parts[0]}\n\n{summary(study)}\n\n{how}"
     run.write_text(f"{FOLDER}/report.md", "\n\n".join(parts) + "\n")
@@ -409,6 +421,9 @@ def record_study(run: Run, study: Study) -> list[str]:
     run.write_text(PAGE, page)
     link = f"[With the figure, on one page]({link_to_artifact(run, PAGE)})"
     first, *others = parts[1:]
-    page_of_run = [f"{notice}{first}", summary(study), link, how, *others]
-    run.describe(report.fitting(page_of_run, f"More in {FOLDER}/report.md."))
+    more, opening = f"More in {FOLDER}/report.md.", [f"{notice}{first}", summary(study), link]
+    page_of_run = report.fitting([*opening, how, *others], more)
+    if link not in page_of_run:
+        page_of_run = report.fitting([f"{notice}{summary(study)}", link, how, first], more)
+    run.describe(page_of_run)
     return parts

@@ -222,8 +222,8 @@ def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
     title = f"{notice}## {len(trials)} trials: {counts(trials)}"
     text = "\n\n".join([title, report.table(header, rows, text_columns), listed]).rstrip()
     parent.write_text("report.md", text + "\n")
-    shown = len(rows)
-    while len(text) > report.LONGEST_DESCRIPTION:  # as many rows as MLflow keeps of it
+    shown = len(rows)  # as many as MLflow keeps
+    while len(report.with_air(text)) > report.LONGEST_DESCRIPTION:
         shown = shown * 3 // 4
         table = report.table(header, rows[:shown], text_columns)
         text = f"{title}\n\n{table}\n\nThe other trials are in report.md."
