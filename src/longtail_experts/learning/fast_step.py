@@ -154,16 +154,18 @@ class RecordedSteps:
         """A recording that was compared with the step itself; `state` is left as it was.
 
         Of the kernels written for this network, where they are asked for and can run; else of
-        PyTorch's.
+        PyTorch's. One thread at a time: Triton's kernels are loaded here, which is not made for
+        more.
         """
-        if self._fuses and fusible(state.model):
-            try:
-                return self._record_with(fused, state, batch, step, precision)
-            except CannotRecordError as error:
-                self._fuses = False
-                warnings.warn(f"kernels are not fused, and slower: {error}", stacklevel=4)
-            gc.collect()  # what failed holds its step's graph, as in `_copies`, and may be a cycle
-        return self._record_with(nullcontext, state, batch, step, precision)
+        with own_flags():
+            if self._fuses and fusible(state.model):
+                try:
+                    return self._record_with(fused, state, batch, step, precision)
+                except CannotRecordError as error:
+                    self._fuses = False
+                    warnings.warn(f"kernels are not fused, and slower: {error}", stacklevel=4)
+                gc.collect()  # what failed holds its step's graph, as in `_copies`: maybe a cycle
+            return self._record_with(nullcontext, state, batch, step, precision)
 
     def _record_with(
         self, kernels: Kernels, state: Any, batch: Batch, step: Step, precision: str

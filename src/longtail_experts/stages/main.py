@@ -11,7 +11,7 @@ from typing import NamedTuple
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
-from longtail_experts.learning.at_once import at_once
+from longtail_experts.learning.at_once import at_once, beside_the_others
 from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages import compare
 from longtail_experts.stages.calibrate import calibrate_expert, load_trained
@@ -74,7 +74,9 @@ def run_one(
         if "training" not in run_.tags:
             train_expert(run_, config, data)
         stop_if_heeded(f"trained, in run {run_.run_id}: -P resume={run_.run_id} calibrates it")
-        calibrate_expert(run_, config, data, load_trained(run_, config, data))
+        with beside_the_others():
+            trained = load_trained(run_, config, data)
+        calibrate_expert(run_, config, data, trained)
     return run_.run_id
 
 

@@ -16,6 +16,7 @@ from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.data.sources import first_line
 from longtail_experts.data.splits import MOST_UNEVEN
+from longtail_experts.learning.at_once import beside_the_others
 from longtail_experts.learning.calibration import deployment_scores
 from longtail_experts.learning.evaluation import deployment_priors
 from longtail_experts.learning.losses import LOSSES
@@ -456,18 +457,19 @@ def success_checklist(
     if split not in data.split_names:
         split = "test_balanced"
     expected, rows, problem = {name: data.size(name) for name in data.split_names}, {}, ""
-    try:
-        stored = read_logits(run).splits
-        rows = {split: len(stored[split].targets) for split in stored}
-    except RunError as failure:
-        problem = str(failure)
     problems = {}
-    for name in ("best", "last", "final_calibrated")[not selected :]:
+    with beside_the_others():
         try:
-            read_checkpoint(run, name)
-            problems[name] = ""
+            stored = read_logits(run).splits
+            rows = {name: len(of_split.targets) for name, of_split in stored.items()}
         except RunError as failure:
-            problems[name] = str(failure)
+            problem = str(failure)
+        for name in ("best", "last", "final_calibrated")[not selected :]:
+            try:
+                read_checkpoint(run, name)
+                problems[name] = ""
+            except RunError as failure:
+                problems[name] = str(failure)
     checks = [
         report.trained_to_the_end(
             int(metrics.get("epoch", -1)) + 1,
