@@ -20,7 +20,6 @@ from longtail_experts.config import (
     Config,
     ConfigError,
     load_config,
-    make_config,
     nearest,
     shorten,
 )
@@ -394,10 +393,7 @@ def _begun_run() -> str | None:
 
 def _resume(run_id: str, config_name: str, given: dict[str, str]) -> int:
     """Go on with a run under its own config; fields given beside it must agree with that."""
-    asked = make_config(given) if config_name == "auto" else load_config(config_name, given)
-    compared = set(given) if config_name == "auto" else set(Config.model_fields)
-    if given.get("loss", "ce") == "ce":  # what `mlflow run` passes where nothing was said
-        compared.discard("loss")
+    recipe = None if config_name == "auto" else load_config(config_name, given)
     from longtail_experts.data.sources import DataError
     from longtail_experts.stages import main as main_stage
     from longtail_experts.stages import resumed
@@ -405,7 +401,7 @@ def _resume(run_id: str, config_name: str, given: dict[str, str]) -> int:
     from longtail_experts.tracking.runs import FAILURES
 
     try:
-        begun = resumed.open_begun(run_id, asked, compared, given)
+        begun = resumed.open_begun(run_id, given, recipe)
     except (*FAILURES, DataError) as error:
         return _complain(error, 2)
     if begun is None:

@@ -355,7 +355,7 @@ def find_recipe(name: str, under: str = "configs", field: str = "config") -> Pat
     A bare name is looked up in ./configs, then in the copy that came with the package; sweep
     files likewise, `under` configs/sweeps.
     """
-    package = Path(__file__).resolve().parent
+    name, package = os.path.expanduser(name), Path(__file__).resolve().parent
     folders = (Path(under), package / under, package.parents[1] / under)
     candidates = [Path(name)] if name.endswith((".yaml", ".yml")) or "/" in name else []
     candidates += [folder / f"{name}.yaml" for folder in folders]

@@ -114,24 +114,24 @@ def test_validation_cadence(every, epochs, count, verdict):
 
 
 @pytest.mark.parametrize(
-    ("patience", "every", "epochs", "milestones", "verdict"),
+    ("patience", "every", "epochs", "starts_at", "verdict"),
     [
-        (None, 10, 256, (96, 192, 224), "ok"),
-        (3, 10, 256, (96, 192, 224), "ok"),
-        (4, 10, 256, (96, 192, 224), "note"),
-        (4, 10, 256, (), "ok"),
-        (24, 10, 256, (), "ok"),
-        (25, 10, 256, (), "note"),  # the first of 26 validations is always better than none
-        (26, 10, 256, (300,), "note"),
-        (2, 1, 3, (), "note"),
-        (1, 1, 3, (), "ok"),
+        (None, 10, 256, 224, "ok"),
+        (3, 10, 256, 224, "ok"),
+        (4, 10, 256, 224, "note"),
+        (4, 10, 256, 0, "ok"),
+        (24, 10, 256, 0, "ok"),
+        (25, 10, 256, 0, "note"),  # the first of 26 validations is always better than none
+        (1, 10, 256, 300, "note"),
+        (2, 1, 3, 0, "note"),
+        (1, 1, 3, 0, "ok"),
     ],
 )
-def test_patience_that_can_never_act(patience, every, epochs, milestones, verdict):
+def test_patience_that_can_never_act(patience, every, epochs, starts_at, verdict):
     """After epoch 224, validations follow at 230, 240, 250 and 256: four."""
-    assert rules.patience_rule(patience, every, epochs, milestones).verdict == verdict
+    assert rules.patience_rule(patience, every, epochs, starts_at).verdict == verdict
     # Accuracies that only fall: the soonest that it can act.
-    selection = Selection(patience, max((m for m in milestones if m < epochs), default=0))
+    selection = Selection(patience, starts_at)
     validated = [e for e in range(epochs) if e == epochs - 1 or (e + 1) % every == 0]
     acts = False
     for epoch in validated:
@@ -205,10 +205,10 @@ def test_small_rules(finding, verdict, says):
     ("finding", "field", "verdict", "says"),
     [
         (rules.warmup_rule(0, **FULL, warmup_epochs=5), "warmup_steps", "ok", "warmup_epochs=5"),
-        (rules.warmup_epochs_rule(5, 200, (160, 180)), "warmup_epochs", "ok", ""),
-        (rules.warmup_epochs_rule(160, 200, (160, 180)), "warmup_epochs", "ok", ""),
-        (rules.warmup_epochs_rule(161, 200, (160,)), "warmup_epochs", "blocking", "at epoch 160"),
-        (rules.warmup_epochs_rule(5, 4, ()), "warmup_epochs", "blocking", "at epoch 4"),
+        (rules.warmup_epochs_rule(5, 200, (160, 180), 10847), "warmup_epochs", "ok", ""),
+        (rules.warmup_epochs_rule(160, 200, (160, 180), 10847), "warmup_epochs", "ok", ""),
+        (rules.warmup_epochs_rule(161, 200, (160,), 10847), "warmup_epochs", "blocking", "h 160"),
+        (rules.warmup_epochs_rule(5, 4, (), 10847), "warmup_epochs", "warning", "epoch 4; give 4"),
         (rules.milestones_rule((96,), 256, "cosine"), "milestones", "note", "not used"),
         (rules.milestones_rule((), 256, "cosine"), "milestones", "ok", ""),
         (rules.milestones_rule((9, 96), 256, "cosine", True), "milestones", "note", "epoch 9"),

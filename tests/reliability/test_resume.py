@@ -446,6 +446,9 @@ def test_another_config_is_refused_by_name(interrupted, tiny_arguments, capfd, t
     assert "source=cifar100 (was images)" in refused("--config", "cifar100_lt")
     assert "train/<class>/" in refused("--data_dir", str(tmp_path))
     assert "epochs=0" in refused("--epochs", "0")
+    name = refused("--register_as", "experts")
+    assert "register_as=experts: run" in name
+    assert "-e calibrate -P run_id=" in name
     assert Run(run_id).status == "KILLED"
     capfd.readouterr()
     assert main(["train", "--resume", "nosuchrun"]) == 2

@@ -409,6 +409,25 @@ def test_a_sweep_cut_off_goes_on_where_it_was(store, tiny_arguments):
     assert {trial["run_id"] for trial in trials} == children
 
 
+def test_what_a_sweep_finds_finished_is_registered_where_that_is_asked_for(experts_copy):
+    config = load_config("cifar100_lt", {"register_as": "experts"})
+    found = [experts_copy["ce"], experts_copy["logit_adjust"]]
+    jobs = [
+        sweep_stage.Job(config, Trial({}, ("config", "splits"), "found", run_id), "0.log")
+        for run_id in [*found, None]
+    ]
+    sweep_stage.register_finished(jobs)
+    versions = MlflowClient().search_model_versions("name = 'experts'")
+    assert {version.run_id for version in versions} == set(found)
+
+
+def test_what_auto_means_is_not_what_another_trial_says():
+    config = load_config("cifar100_lt", {"device": "cpu"})
+    assert {sweep_stage.what_auto_means(config.replace(precision=p)) for p in ("fp32", "bf16")} == {
+        sweep_stage.what_auto_means(config)
+    }
+
+
 def test_a_page_of_many_trials_is_what_mlflow_keeps(store):
     metrics = {f"test_balanced/{n}_accuracy": 0.5 for n in ("balanced", "head", "tail")}
     trials = [

@@ -24,6 +24,7 @@ from longtail_experts.stages.inputs import (
     build_network,
     for_one_expert,
     load_dataset,
+    patience_starts_at,
     state_before_training,
 )
 from longtail_experts.stages.train import Selection
@@ -220,9 +221,17 @@ def test_logits_that_are_not_finite_are_refused_before_anything_is_written(
 
 def test_a_schedule_without_steps_has_no_last_milestone():
     """Where early stopping would otherwise wait for one that does nothing."""
-    assert train.last_milestone(make_config({"milestones": "96,192"})) == 192
-    assert train.last_milestone(make_config({"milestones": "96,192", "epochs": "100"})) == 96
-    assert train.last_milestone(make_config({"lr_schedule": "cosine"})) == 0
+
+    def starts_at(**fields: str) -> int:
+        return patience_starts_at(make_config(fields))
+
+    assert starts_at(milestones="96,192") == 192
+    assert starts_at(milestones="96,192", epochs="100") == 96
+    assert starts_at(lr_schedule="cosine") == 0
+    deferred = {"loss": "ldam_drw", "lr_schedule": "cosine"}
+    assert starts_at(**deferred, milestones="160,180") == 160  # where it weighs classes
+    assert starts_at(**deferred, reweight_from="200") == 200
+    assert starts_at(loss="ldam_drw", milestones="96,192", reweight_from="100") == 192
 
 
 def test_a_worse_validation_is_not_chosen_and_counts_against_patience():

@@ -1,7 +1,9 @@
 """load_expert_logits returns what was written, or refuses."""
 
+import copy
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,17 @@ def test_what_is_returned_cannot_be_changed(finished):
     for array in (expert.prior, expert.splits["train"].logits, expert.splits["train"].targets):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+def test_an_expert_goes_to_other_processes(finished, copied):
+    expert = load_expert_logits(finished["ce"])
+    there = copied(expert)
+    assert (there.run_id, there.temperature) == (expert.run_id, expert.temperature)
+    for name, split in expert.splits.items():
+        np.testing.assert_array_equal(there.splits[name].logits, split.logits)
+    with pytest.raises(TypeError):
+        there.splits["train"] = None
 
 
 def test_test_lt_rows_are_those_of_test_balanced(finished):

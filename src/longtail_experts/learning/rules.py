@@ -156,14 +156,18 @@ def warmup_rule(
     return Finding("warmup_steps", value, "ok", says)
 
 
-def warmup_epochs_rule(warmup_epochs: int, epochs: int, milestones: Sequence[int]) -> Finding:
+def warmup_epochs_rule(
+    warmup_epochs: int, epochs: int, milestones: Sequence[int], num_images: int
+) -> Finding:
+    """Blocking where a long training would never reach its rate."""
     first_end = min([epochs, *milestones])
     if warmup_epochs > first_end:
         return Finding(
             "warmup_epochs",
             str(warmup_epochs),
-            "blocking",
-            f"the rate never reaches lr: it falls, or training ends, at epoch {first_end}; give 5",
+            "blocking" if epochs * num_images >= LONG_TRAINING else "warning",
+            f"the rate never reaches lr: it falls, or training ends, at epoch {first_end}; give "
+            f"{min(5, first_end)}",
         )
     return Finding("warmup_epochs", str(warmup_epochs), "ok")
 
@@ -266,16 +270,17 @@ def validation_rule(validation_every: int, epochs: int) -> Finding:
 
 
 def patience_rule(
-    patience: int | None, validation_every: int, epochs: int, milestones: Sequence[int]
+    patience: int | None, validation_every: int, epochs: int, starts_at: int
 ) -> Finding:
-    """Patience is counted in validations, from the last milestone that acts."""
+    """Patience is counted in validations, from epoch `starts_at` on."""
     if patience is None:
         return Finding("early_stopping_patience", "none", "ok")
-    start = max((m for m in milestones if m < epochs), default=0)
-    left = num_validations(validation_every, epochs) - start // validation_every
-    left -= start < validation_every  # the first of all is better than none
+    left = num_validations(validation_every, epochs) - starts_at // validation_every
+    left -= starts_at < validation_every  # the first of all is better than none
     if patience >= left:
-        says = f"can never act: {left} validations follow the first and the last milestone"
+        says = (
+            f"can never act: {max(left, 0)} validations follow the first one and epoch {starts_at}"
+        )
         return Finding("early_stopping_patience", str(patience), "note", says)
     return Finding("early_stopping_patience", str(patience), "ok")
 

@@ -10,7 +10,7 @@ from longtail_experts.learning import rules
 from longtail_experts.learning.resnet import ResNet32, num_parameters
 from longtail_experts.learning.rules import Finding, blocking
 from longtail_experts.learning.step import has_bf16_instructions
-from longtail_experts.stages.inputs import selects, steps_an_epoch
+from longtail_experts.stages.inputs import patience_starts_at, selects, steps_an_epoch
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.runs import RunError, free_bytes
@@ -82,13 +82,13 @@ def config_findings(config: Config, data: Dataset) -> list[Finding]:
             num_images,
             config.warmup_epochs,
         ),
-        rules.warmup_epochs_rule(config.warmup_epochs, config.epochs, falls_at),
+        rules.warmup_epochs_rule(config.warmup_epochs, config.epochs, falls_at, num_images),
         *([rules.validation_rule(config.validation_every, config.epochs)] * selects(config)),
         rules.patience_rule(
             config.early_stopping_patience,
             config.validation_every,
             config.epochs,
-            falls_at,
+            patience_starts_at(config),
         ),
         rules.checkpoint_rule(config.checkpoint_every, config.epochs),
         rules.precision_rule(config.device, config.precision, has_bf16_instructions()),

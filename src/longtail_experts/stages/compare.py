@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from longtail_experts.tracking import comparison, comparison_report, study, study_report
 from longtail_experts.tracking.comparison import DEPLOYMENTS as DEPLOYMENTS
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
-from longtail_experts.tracking.runs import Run, start_run
+from longtail_experts.tracking.runs import Run, RunError, start_run
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ def run(choice: Choice, deployment: str = "uniform", different_splits: bool = Fa
     same_splits = comparison.require_comparable(members, different_splits)
     if same_splits:
         comparison.prior_of_deployment(members[0], deployment)
+    elif deployment != "uniform":
+        raise RunError(
+            f"deployment={deployment}: experts of different splits are not scored under one prior, "
+            "and their table has the figures of their runs; leave deployment out"
+        )
     name = f"compare {', '.join(m.label for m in members)}"
     if deployment != "uniform":
         name = f"{deployment}: {name}"

@@ -131,6 +131,16 @@ def is_reweighted(epoch: int, config: Config) -> bool:
     return epoch >= reweighted_from(config.reweight_from, config.milestones)
 
 
+def patience_starts_at(config: Config) -> int:
+    """The epoch from which validations without a better one are counted: that in which the rate
+    last falls by a step, if it does, and not before the weights of a deferred loss act."""
+    falls_at = config.milestones if config.lr_schedule == "milestones" else ()
+    start = max((m for m in falls_at if m < config.epochs), default=0)
+    if config.loss in LOSSES and LOSSES[config.loss].is_deferred:  # `all` is of others
+        start = max(start, reweighted_from(config.reweight_from, config.milestones))
+    return start
+
+
 def build_network(config: Config, data: Dataset) -> ResNet32:
     """With the initial weights of the expert."""
     head = LOSSES[config.loss].head

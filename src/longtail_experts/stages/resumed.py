@@ -4,7 +4,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from longtail_experts.config import LOSS_NAMES, Config
+from longtail_experts.config import LOSS_NAMES, MLFLOW_RUN, Config
 from longtail_experts.data.dataset import Dataset
 from longtail_experts.stages.inputs import (
     MAY_CHANGE_ON_RESUME,
@@ -47,13 +47,21 @@ def register_finished(run_: Run, name: str) -> None:
             register(expert, name)
 
 
-def open_begun(
-    run_id: str, asked: Config, compared: set[str], given: dict[str, str]
-) -> Begun | None:
+def require_calibrated_to_register(run_: Run, name: str) -> None:
+    """`calibrate` registers under the name in the run's config, which stays as it was."""
+    if not is_calibrated(run_):
+        raise RunError(
+            f"register_as={name}: run {run_.run_id} is not calibrated; after "
+            f"{MLFLOW_RUN} -e calibrate -P run_id={run_.run_id}, this registers it"
+        )
+
+
+def open_begun(run_id: str, given: dict[str, str], recipe: Config | None) -> Begun | None:
     """The run with everything it needs; None, after saying so, where it is finished already.
 
     Raises RunError where it is no training, is being filled by another process, or was begun
-    with other values of the fields in `compared`; DataError where its images are not there.
+    with other values than those `given`, or those of the `recipe` that was named with them;
+    DataError where its images are not there.
     """
     source, what = open_run(run_id), f"resume={run_id}"
     if os.environ.get("MLFLOW_RUN_ID") == run_id:  # mlflow run --run-id: the run itself, no pointer
@@ -69,14 +77,18 @@ def open_begun(
         require_not_running(source)
     if source.has_artifact("config.yaml"):
         recorded = experts.recorded_config(source)
-        asked_text = {name: value for name, value in asked.as_text().items() if name in compared}
-        undecided = {name for name in ("expert_seed", "precision") if name not in given}
-        require_same_fields(
-            recorded.as_text(), asked_text, what, {*MAY_CHANGE_ON_RESUME, *undecided}
-        )
+        asked = (recipe or recorded.replace(**given)).as_text()
+        decides_itself = {"expert_seed": "none", "precision": "auto"}
+        left_open = {name for name, value in decides_itself.items() if asked[name] == value}
+        if given.get("loss", "ce") == "ce":  # what `mlflow run` passes where nothing was said
+            left_open.add("loss")
+        require_same_fields(recorded.as_text(), asked, what, {*MAY_CHANGE_ON_RESUME, *left_open})
     elif not is_finished:
         raise RunError(f"run {run_id}: was cut off before it began to train; start a new one")
     changes = {name: given[name] for name in MAY_CHANGE_ON_RESUME if name in given}
+    name = given.get("register_as", "none")
+    if recorded and name not in ("none", recorded.register_as) and source.tags["stage"] == "train":
+        require_calibrated_to_register(source, name)
     if is_finished:
         with launcher:
             name = recorded.replace(**changes).register_as if recorded else None

@@ -35,6 +35,7 @@ from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.interrupts import Terminated, delayed_signals, raise_for
 from longtail_experts.tracking.patience import in_haste
 from longtail_experts.tracking.recorder import local_folder
+from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError, one_process
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
         existing = sweeps.find_sweep(experiment, sweep_sha256)
         look_up(jobs, sweeps.finished_experts(experiment), existing)
         left = [job for job in jobs if job.trial.state == "waiting"]
+        register_finished(jobs)
         if existing:
             stack.enter_context(launcher_beside(existing))
             if not left and existing.status == "FINISHED":
@@ -161,8 +163,8 @@ def gpus_of_a_trial(sweep: Sweep, points: Sequence[Point], num_gpus: float) -> f
 
 
 def what_auto_means(config: Config) -> str:
-    """The precision of a training by this process."""
-    return resolve(config).precision
+    """The precision of a training by this process, where the config leaves it open."""
+    return resolve(config.replace(precision="auto")).precision
 
 
 def prepare(points: Sequence[Point], precision: str) -> list[Job]:
@@ -224,6 +226,13 @@ def look_up(jobs: Sequence[Job], finished: Mapping[sweeps.Key, Any], existing: R
             job.trial.state = "finished" if is_ours else "found"
             job.trial.run_id = run_.info.run_id
             job.trial.metrics = run_.data.metrics
+
+
+def register_finished(jobs: Sequence[Job]) -> None:
+    """What is not trained again is registered all the same, where that is asked for."""
+    for job in jobs:
+        if job.trial.run_id and job.config.register_as:
+            register(Run(job.trial.run_id), job.config.register_as)
 
 
 def launcher_beside(existing: Run) -> AbstractContextManager[Run | None]:

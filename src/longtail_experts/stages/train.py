@@ -40,6 +40,7 @@ from longtail_experts.stages.inputs import (
     build_network,
     for_one_expert,
     objective_at,
+    patience_starts_at,
     require_same_fields,
     schedule_of,
     selects,
@@ -95,7 +96,7 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
             record_beginning(run_, recorder, config, data, model, lr_of)
         state = state_before_training(model, config, data)
         run_.set_tags({"step_path": state.path})
-        selection = Selection(config.early_stopping_patience, last_milestone(config))
+        selection = Selection(config.early_stopping_patience, patience_starts_at(config))
         first_epoch = 0
         if checkpoint is None:
             recorder.recall([])
@@ -265,13 +266,6 @@ def progress_bar(config: Config, steps_per_epoch: int, done: int) -> tqdm:
         mininterval=1 if sys.stderr.isatty() else 30,
         dynamic_ncols=True,
     )
-
-
-def last_milestone(config: Config) -> int:
-    """The epoch in which the rate last falls by a step; 0 under a schedule without steps."""
-    if config.lr_schedule == "cosine":
-        return 0
-    return max((m for m in config.milestones if m < config.epochs), default=0)
 
 
 def validate(state: TrainState, epoch: int, config: Config, data: Dataset) -> dict[str, float]:

@@ -5,7 +5,7 @@ import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -47,6 +47,13 @@ class ExpertLogits:
     log_offset: np.ndarray  # float64 [C]
     prior: np.ndarray  # float64 [C], of the train split
     class_names: tuple[str, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "splits", MappingProxyType(dict(self.splits)))
+
+    def __reduce__(self):  # a mapping proxy cannot be pickled, nor copied
+        values = [getattr(self, field.name) for field in fields(self)]
+        return type(self), tuple(dict(v) if isinstance(v, MappingProxyType) else v for v in values)
 
 
 def write_logits(run: Run, logits: Mapping[str, SplitLogits], constants: dict[str, Any]) -> None:
@@ -121,9 +128,7 @@ def read_logits(run: Run) -> ExpertLogits:
         with run.read_artifact(f"logits/{name}.npz") as path:
             where = f"run {run.run_id}: {name}"
             splits[name] = _read_split(path, sha256, (rows, len(names)), where)
-    return ExpertLogits(
-        run_id=run.run_id, splits=MappingProxyType(splits), class_names=names, **constants
-    )
+    return ExpertLogits(run_id=run.run_id, splits=splits, class_names=names, **constants)
 
 
 @contextmanager
