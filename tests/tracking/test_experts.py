@@ -36,20 +36,20 @@ def test_reliability_is_drawn_under_the_prior_of_the_split(monkeypatch):
     monkeypatch.setattr(experts, "record_curves", lambda *_: None)
     monkeypatch.setattr(experts.figures, "reliability", lambda panels, _: drawn.update(panels))
     logits = 3 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
-    targets = torch.arange(60) % 3
+    targets = torch.tensor([0] * 40 + [1] * 15 + [2] * 5)
     prior = torch.tensor([0.8, 0.15, 0.05], dtype=torch.float64)
     offset = torch.zeros(3, dtype=torch.float64)
     data = SimpleNamespace(
         num_classes=3, targets=lambda _: targets, targets_if_any=lambda _: targets
     )
     run = SimpleNamespace(artifact=nullcontext)
-    splits = ("test_lt", "test_balanced")  # of as many images a class, both
-    experts.record_figures(run, data, dict.fromkeys(splits, logits), 2.0, offset, prior)
-    assert len(drawn) == 2
     uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
-    for panel in drawn.values():
+    splits = {"test_lt": torch.bincount(targets).double() / 60, "test_balanced": uniform}
+    experts.record_figures(run, data, dict.fromkeys(splits, logits), 2.0, offset, prior)
+    for (title, panel), (split, q) in zip(drawn.items(), splits.items(), strict=True):
+        assert title.startswith(split)
         for label, temperature in (("T = 1", 1.0), ("T = 2.00", 2.0)):
-            scores = deployment_scores(logits, temperature, offset, prior, uniform)
+            scores = deployment_scores(logits, temperature, offset, prior, q)
             assert np.array_equal(panel[label], reliability(scores.softmax(1), targets))
 
 
