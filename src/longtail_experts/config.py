@@ -146,7 +146,7 @@ class Config(BaseModel):
     early_stopping_patience: Count | None = Field(
         None,
         description="validations without a better balanced accuracy before stopping, counted "
-        "after the last milestone; none: never",
+        "after the last milestone (ldam_drw: and once it weighs classes); none: never",
     )
     checkpoint_every: Count = Field(10, description="epochs between copies of last.pt")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")

@@ -405,7 +405,7 @@ def start_run(
         if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
             status = "KILLED"
         if status == "KILLED" or isinstance(error, UndeliveredError) or is_transient(error):
-            seconds = KILLED_PATIENCE  # it was waited for already
+            seconds = KILLED_PATIENCE  # told to stop, or the store was waited for already
         raise
     finally:
         try:
