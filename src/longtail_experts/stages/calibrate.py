@@ -54,6 +54,8 @@ def run(run_id: str, changes: dict[str, str]) -> None:
     """
     resolve(make_config(changes))  # values are checked before the store is opened
     source = open_run(run_id)
+    if not is_calibrated(source):
+        require_not_running(source)  # which names the process
     with claimed(source):
         if is_calibrated(source):
             name = experts.recorded_config(source).register_as
