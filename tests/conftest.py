@@ -27,6 +27,19 @@ os.environ.setdefault("LONGTAIL_SCREENSHOTS", str(_pictures))
 os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"  # other figures are looked at here
 
 CLASS_COUNTS = {"ant": 30, "bee": 22, "cat": 14, "dog": 8, "eel": 5}
+# Of each field of the config, a value that is not its default.
+OTHER = {
+    **{"loss": "balanced_softmax", "tau": 2, "source": "images", "imbalance_factor": 10},
+    **{"imbalance_profile": "step", "images_per_class": 7, "split_seed": 1, "seed": 1},
+    **{"expert_seed": 5, "shortcut": "pad", "epochs": 3, "batch_size": 64, "lr": 0.1},
+    **{"momentum": 0.5, "weight_decay": 0, "milestones": (1,), "lr_decay": 0.5},
+    **{"warmup_steps": 5, "validation_every": 1, "early_stopping_patience": 2},
+    **{"checkpoint_every": 3, "precision": "bf16", "fast": False, "fused": True},
+    **{"data_dir": "elsewhere", "device": "cpu", "register_as": "name", "preflight": False},
+    **{"beta": 0.9, "gamma": 1, "reweight_from": 3, "protocol": "literature"},
+    **{"subset_rule": "ldam", "augmentation": "autoaugment", "cutout": 16, "mixup": 0.2},
+    **{"lr_schedule": "cosine", "warmup_epochs": 5},
+}
 TINY_EXPERT = {
     "source": "images",
     "imbalance_profile": "natural",

@@ -20,7 +20,7 @@ import mlflow
 import psutil
 import pytest
 import yaml
-from conftest import arguments_of, use_store
+from conftest import OTHER, arguments_of, use_store
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from reliability.harness import Training, journal_lines, wait_until
@@ -150,20 +150,6 @@ def test_sweeps_that_come_with_the_project(path):
     if path.stem == "tau_family":
         taus = [point.config.tau for point in points]
         assert sum(taus) / len(taus) == 1
-
-
-OTHER = {
-    **{"loss": "balanced_softmax", "tau": 2, "source": "images", "imbalance_factor": 10},
-    **{"imbalance_profile": "step", "images_per_class": 7, "split_seed": 1, "seed": 1},
-    **{"expert_seed": 5, "shortcut": "pad", "epochs": 3, "batch_size": 64, "lr": 0.1},
-    **{"momentum": 0.5, "weight_decay": 0, "milestones": (1,), "lr_decay": 0.5},
-    **{"warmup_steps": 5, "validation_every": 1, "early_stopping_patience": 2},
-    **{"checkpoint_every": 3, "precision": "bf16", "fast": False, "fused": True},
-    **{"data_dir": "elsewhere", "device": "cpu", "register_as": "name", "preflight": False},
-    **{"beta": 0.9, "gamma": 1, "reweight_from": 3, "protocol": "literature"},
-    **{"subset_rule": "ldam", "augmentation": "autoaugment", "cutout": 16, "mixup": 0.2},
-    **{"lr_schedule": "cosine", "warmup_epochs": 5},
-}
 
 
 @pytest.mark.parametrize("name", list(Config.model_fields))

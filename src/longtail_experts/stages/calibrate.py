@@ -65,7 +65,6 @@ def run(run_id: str, changes: dict[str, str]) -> None:
                 else_ = "else " if name else ""
                 print(f"run {run_id} is calibrated already; nothing {else_}was changed")
             return
-        require_not_running(source)
         experts.require_trained(source)
         config = resolve(experts.recorded_config(source).replace(**{"device": "auto"} | changes))
         data = load_dataset(config)

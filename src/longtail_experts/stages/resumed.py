@@ -47,9 +47,11 @@ def register_finished(run_: Run, name: str) -> None:
             register(expert, name)
 
 
-def require_calibrated_to_register(run_: Run, name: str) -> None:
-    """`calibrate` registers under the name in the run's config, which stays as it was."""
-    if not is_calibrated(run_):
+def require_registrable(run_: Run, recorded: Config, name: str) -> None:
+    """RunError where what goes on registers nothing: of `train`, that is left to `calibrate`, under
+    the name in the run's config, which stays as it was."""
+    is_new = name not in ("none", recorded.register_as)
+    if is_new and run_.tags["stage"] == "train" and not is_calibrated(run_):
         raise RunError(
             f"register_as={name}: run {run_.run_id} is not calibrated; after "
             f"{MLFLOW_RUN} -e calibrate -P run_id={run_.run_id}, this registers it"
@@ -83,12 +85,10 @@ def open_begun(run_id: str, given: dict[str, str], recipe: Config | None) -> Beg
         if given.get("loss", "ce") == "ce":  # what `mlflow run` passes where nothing was said
             left_open.add("loss")
         require_same_fields(recorded.as_text(), asked, what, {*MAY_CHANGE_ON_RESUME, *left_open})
+        require_registrable(source, recorded, given.get("register_as", "none"))
     elif not is_finished:
         raise RunError(f"run {run_id}: was cut off before it began to train; start a new one")
     changes = {name: given[name] for name in MAY_CHANGE_ON_RESUME if name in given}
-    name = given.get("register_as", "none")
-    if recorded and name not in ("none", recorded.register_as) and source.tags["stage"] == "train":
-        require_calibrated_to_register(source, name)
     if is_finished:
         with launcher:
             name = recorded.replace(**changes).register_as if recorded else None

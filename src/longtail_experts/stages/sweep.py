@@ -32,7 +32,13 @@ from longtail_experts.stages.inputs import for_one_expert, load_dataset, resolve
 from longtail_experts.stages.trial import Order, Outcome, run_trial
 from longtail_experts.tracking import experts, sweeps
 from longtail_experts.tracking.identity import code_sha256
-from longtail_experts.tracking.interrupts import Terminated, delayed_signals, raise_for
+from longtail_experts.tracking.interrupts import (
+    HANG_UP,
+    Terminated,
+    delayed_signals,
+    ignored_signals,
+    raise_for,
+)
 from longtail_experts.tracking.patience import in_haste
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.registry import register
@@ -264,18 +270,17 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
-    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)
-    handler_of_hang_up = signal.getsignal(hang_up)
+    # A lost terminal is ours to heed: processes that begin here ignore it.
+    ours_alone = ignored_signals({HANG_UP}) if address == LOCAL else nullcontext()
     try:
-        if address == LOCAL:  # its processes inherit it: a lost terminal is ours to heed
-            signal.signal(hang_up, signal.SIG_IGN)
-        ray.init(
-            address=address,
-            runtime_env={"env_vars": environment_of_workers(threads)},
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **options,
-        )
+        with ours_alone:
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": environment_of_workers(threads)},
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
     except Exception as error:
         what, remedy = "Ray does not start", "see its logs in /tmp/ray/session_latest/logs"
         if address != LOCAL:
@@ -283,7 +288,6 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
             remedy = "`ray start --head` starts one; RAY_AUTH_TOKEN must be the same here and there"
         raise ConfigError(f"address={address}: {what} ({first_line(error)}); {remedy}") from None
     finally:
-        signal.signal(hang_up, handler_of_hang_up)
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     try:
         require_room_for(ray, address, threads)

@@ -34,7 +34,7 @@ from longtail_experts.tracking.runs import (
     Run,
     RunError,
     address_of_picture,
-    claimed,
+    claimed_from_its_start,
     git_tags,
     launched_run,
     link_to,
@@ -76,7 +76,7 @@ def start_expert_run(
         tags = tags_of_resumed(existing, config)
     name = run_name(config, config.loss)
     opened = start_run(name, tags, parent, existing, system_metrics=True)
-    with claimed(existing), opened as run, claimed(None if existing else run):
+    with claimed_from_its_start(opened, existing) as run:
         try:
             if existing is None or not run.has_artifact("config.yaml"):
                 run.write_text("config.yaml", config.to_yaml())  # all that going on with it needs
@@ -174,7 +174,7 @@ def start_parent_run(config: Config, existing: Run | None = None) -> Iterator[Ru
         tags = tags_of_resumed(existing, config)
     name = run_name(config, "all experts")
     opened = start_run(name, tags, existing=existing)
-    with claimed(existing), opened as parent, claimed(None if existing else parent):
+    with claimed_from_its_start(opened, existing) as parent:
         try:
             if existing is None:
                 parent.write_text("config.yaml", config.to_yaml())

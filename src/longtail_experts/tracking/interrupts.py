@@ -4,14 +4,14 @@ store."""
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
 from typing import NoReturn
 
-# The last is that of a terminal or connection that is gone; Windows has none.
-ENDING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)  # of a terminal or connection that is gone
+ENDING = {signal.SIGINT, signal.SIGTERM, HANG_UP}
 SAME_PRESS = 1.0  # seconds within which another SIGINT is the same Ctrl-C
 
 _heeded: ContextVar[list[int] | None] = ContextVar("heeded", default=None)
@@ -75,9 +75,10 @@ def delayed_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def ignored_signals() -> Iterator[None]:
-    """For what is done about a signal: another of them would cut it off. In the main thread."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
+def ignored_signals(numbers: Iterable[int] = ENDING) -> Iterator[None]:
+    """For what is done about a signal, which another would cut off; and for processes begun within
+    the block, which inherit it. In the main thread."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:

@@ -489,6 +489,15 @@ def claimed(run: Run | None) -> Iterator[None]:
 
 
 @contextmanager
+def claimed_from_its_start(
+    opened: AbstractContextManager[Run], existing: Run | None
+) -> Iterator[Run]:
+    """`opened`, a new run or `existing` once more, which is claimed before it is touched."""
+    with claimed(existing), opened as run, claimed(None if existing else run):
+        yield run
+
+
+@contextmanager
 def one_process(what: str, else_: str) -> Iterator[None]:
     """RunError, in the words `else_`, where another process of this host is in here for `what`."""
     try:

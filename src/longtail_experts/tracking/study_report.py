@@ -176,9 +176,9 @@ def at_bound(study: Study) -> str:
             found = [t.metrics for t in group.trials if t.metrics.get("temperature_at_bound")]
             number = sum(report.is_of_a_half(metrics) == of_a_half for metrics in found)
             told += [f"{group.label} {number} of {len(group.trials)}"] if number else []
-        words += f" {what} at the bound of its search, and no estimate: {', '.join(told)}." * bool(
-            told
-        )
+        if told:
+            listed = ", ".join(told)
+            words += f" {what} at the bound of its search, and no estimate: {listed}."
     return words
 
 
@@ -217,10 +217,6 @@ def how_to_read(study: Study) -> str:
     if approximate := report.approximations(losses):
         words.append(approximate)
     return "\n".join(f"- {line}" for line in words)
-
-
-def as_named(text: str) -> str:
-    return text
 
 
 def summary(study: Study, name: Callable[[str], str] = plain) -> str:
@@ -410,7 +406,7 @@ def record_study(run: Run, study: Study) -> list[str]:
         picture = draw(study, title, Path(scratch) / PICTURE)
         run.upload(Path(scratch) / PICTURE, FOLDER)
         reading = Section("How to read", how.replace("\n- ", " ")[2:], (), ())
-        about = Section("Trainings", summary(study, as_named), (), ())
+        about = Section("Trainings", summary(study, str), (), ())
         page = html_page(title, notice, [*sections, about, reading], [picture], Path(scratch))
     parts = markdown(plain(title), notice, sections)
     parts[0] = f"{parts[0]}\n\n{summary(study)}\n\n{how}"
