@@ -7,8 +7,8 @@
 Both train the same ResNet-32 on the same images with the same batch size on the same device, in
 turns of `--steps` steps, `--n` turns each, after steps that are not counted. The plain loop:
 `DataLoader` with two workers, PIL transforms, eager float32, `torch.optim.SGD` as it comes. This
-project's: what `main` would run for a training of `--planned_images` (compiled batch norms only
-where that is long enough to repay them); what compiling took is reported beside the rate. Of
+project's: what `main` would run for a training of `--planned_images` (layers compiled only where
+that is long enough to repay it); what compiling took is reported beside the rate. Of
 several experts, images of all are counted, and a step is one of each.
 """
 

@@ -3,9 +3,9 @@
     python benchmarks/variants.py
     python benchmarks/variants.py --variants fp32-contiguous bf16-channels_last --n 10
 
-`-compiled` is the network by PyTorch's compiler, `-norms` its batch norms by this project. What
-the project runs was chosen from these (README.md here): by what a processor has, never by timing.
-Images are random: the time of a step does not depend on them.
+`-compiled` is the network by PyTorch's compiler, `-layers` has the layers that this project
+compiles. What the project runs was chosen from these (README.md here): by what a processor has,
+never by timing. Images are random: the time of a step does not depend on them.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from longtail_experts.learning.backend import exact_float32
-from longtail_experts.learning.compiled_norm import compile_norms
+from longtail_experts.learning.compiled import compile_layers
 from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.learning.step import DTYPES, autocast
 
@@ -25,7 +25,7 @@ ORDERS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels
 VARIANTS = [
     f"{precision}-{how}"
     for precision, how in product(
-        DTYPES, (*ORDERS, "contiguous-compiled", "channels_last-compiled", "channels_last-norms")
+        DTYPES, (*ORDERS, "contiguous-compiled", "channels_last-compiled", "channels_last-layers")
     )
 ]
 WARM_UP = 3  # steps before the first turn
@@ -43,8 +43,8 @@ class Variant:
         )
         whole = compiles == ["compiled"]
         self.forward = torch.compile(self.model, dynamic=False) if whole else self.model
-        if compiles == ["norms"]:
-            compile_norms(self.model, DTYPES[self.precision])
+        if compiles == ["layers"]:
+            compile_layers(self.model, DTYPES[self.precision])
 
     def seconds(self) -> float:
         started = time.perf_counter()

@@ -158,7 +158,7 @@ class Config(BaseModel):
     fast: bool = Field(
         True,
         description="on a GPU, replay the training step, and forward passes, as CUDA graphs; on a "
-        "CPU, where the run is long enough to repay it, compile batch norms (takes a C++ "
+        "CPU, where the run is long enough to repay it, compile layers (takes a C++ "
         "compiler); false: PyTorch's own operators always",
     )
     fused: bool = Field(

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from longtail_experts.learning import fused as fused_module
-from longtail_experts.learning import layers
 from longtail_experts.learning.fused import (
     NormThenConv,
     fused,
@@ -46,6 +45,11 @@ CONVS = [  # images, channels in and out, side, size of the filter, stride
         (5, 32, 64, 4, 1, 2),
     ),
 ]
+
+
+def kernels_take(dtype: torch.dtype) -> AbstractContextManager:
+    """In here convolutions in `dtype` go by them."""
+    return mock.patch("longtail_experts.learning.fused_conv.PRECISIONS", (dtype,))
 
 
 def require_same_norms(device: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -98,7 +102,8 @@ def require_same_convolutions(
         dy = torch.randn(num, c_out, side // stride, side // stride, generator=generator)
         x, dy = (v.to(device, dtype, memory_format=torch.channels_last) for v in (x, dy))
         ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
-        y, passed = kernel_of(conv)(ours, conv.weight, conv)
+        with kernels_take(dtype):
+            y, passed = kernel_of(conv)(ours, conv.weight, conv)
         also = torch.randn(x.shape, generator=generator).to(x)
         assert torch.equal(passed, x)
         torch.autograd.backward((y, passed), (dy, also))
@@ -128,7 +133,7 @@ def require_same_pairs(device: str, dtype: torch.dtype, tolerance: float) -> Non
         )
         for inputs in ([x], [x, added]):
             kernels = counting_kernels()
-            with mock.patch.multiple(layers, PRECISIONS=(dtype,)), kernels as ran:
+            with kernels_take(dtype), kernels as ran:
                 apart = how_far_from_float64(pair, inputs, fused)
             assert {"the gradient of norm.weight", "the gradient of norm.bias"} <= set(apart)
             assert max(apart.values()) <= tolerance, apart
@@ -149,7 +154,7 @@ def require_other_gradients_are_summed_up_again(device: str, dtype: torch.dtype)
         (conv(y).square().sum() + (3 * y).square().sum()).backward()
 
     with (
-        mock.patch.multiple(layers, PRECISIONS=(dtype,)),
+        kernels_take(dtype),
         fused(network),
         counting_kernels() as ran,
     ):
@@ -217,7 +222,7 @@ def require_the_network_sums_up_what_it_must() -> None:
     images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     plain, weights = copy.deepcopy(model), torch.randn(4, 10)
     with (
-        mock.patch.multiple(layers, PRECISIONS=(torch.float32,)),
+        kernels_take(torch.float32),
         fused(model),
         counting_kernels() as ran,
     ):
@@ -258,7 +263,7 @@ def require_a_wrong_kernel_is_found() -> None:
             return y, off(passed, 0)
 
     wrong_norm = SimpleNamespace(apply=lambda *arguments: real.apply(*arguments) * 1.02)
-    with mock.patch.object(layers, "PRECISIONS", (torch.float32,)):
+    with kernels_take(torch.float32):
         require_same_layer(conv, [x])
         for name, wrong, part in (
             ("_weight_gradient", without_a_corner, "weight"),
@@ -270,7 +275,7 @@ def require_a_wrong_kernel_is_found() -> None:
             ):
                 require_same_layer(conv, [x])
     with (
-        mock.patch.object(layers, "PRECISIONS", (torch.float32,)),
+        kernels_take(torch.float32),
         mock.patch.object(fused_conv, "FusedConv", PassesWrong),
         pytest.raises(ValueError, match=r"output 1 of Conv.* away from"),
     ):
@@ -289,7 +294,7 @@ def require_a_wrong_kernel_is_found() -> None:
         (fused_norm.Normed, "take_sums", with_less, "the gradient of norm.weight"),
         (fused_conv, "_convolved", without_variance, "the moments of output 0"),
     ):
-        with mock.patch.object(layers, "PRECISIONS", (torch.float32,)):
+        with kernels_take(torch.float32):
             require_same_layer(pair, [x, x])
             with (
                 mock.patch.object(owner, name, wrong),

@@ -318,19 +318,15 @@ def test_autocast_keeps_no_weights_of_the_step_before():
 
 
 @pytest.mark.parametrize(
-    ("changes", "path"),
-    [
-        ({}, "compiled"),
-        ({"fast": False}, "plain"),
-        ({"planned_images": COMPILE_REPAID_AFTER - 1}, "plain"),
-    ],
+    ("missing_images", "fast", "path"),
+    [(0, True, "compiled"), (0, False, "plain"), (1, True, "plain")],
 )
 @pytest.mark.parametrize("precision", DTYPES)
-def test_only_a_run_that_repays_it_is_compiled(precision, changes, path, monkeypatch):
+def test_only_a_run_that_repays_it_is_compiled(precision, missing_images, fast, path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(step_module, "compile_norms", lambda model, dtype: compiled.append(dtype))
-    settings = {"planned_images": COMPILE_REPAID_AFTER, **changes}
-    state = start(resnet(), precision, **settings)
+    monkeypatch.setattr(step_module, "compile_layers", lambda model, dtype: compiled.append(dtype))
+    planned = COMPILE_REPAID_AFTER[precision] - missing_images
+    state = start(resnet(), precision, planned_images=planned, fast=fast)
     assert state.path == path
     assert compiled == ([DTYPES[precision]] if path == "compiled" else [])
     kernels = state.model.backbone.conv1.weight
@@ -341,7 +337,7 @@ def test_where_compiling_fails_steps_are_plain_and_a_warning_says_why(monkeypatc
     def broken(model, dtype):
         raise RuntimeError("No working C++ compiler\nand much more")
 
-    monkeypatch.setattr(step_module, "compile_norms", broken)
+    monkeypatch.setattr(step_module, "compile_layers", broken)
     with pytest.warns(UserWarning, match=r"not compiled, and slower: No working C\+\+ compiler$"):
-        state = start(resnet(), planned_images=COMPILE_REPAID_AFTER)
+        state = start(resnet(), planned_images=10**6)
     assert state.path == "plain"

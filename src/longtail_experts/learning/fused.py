@@ -48,7 +48,7 @@ def kernel_of(module: nn.Module) -> Kernel | None:
         return None
     in_order = module.weight.is_contiguous(memory_format=torch.channels_last)
     fits = module.out_channels in WIDTHS and module.in_channels in (3, *WIDTHS)
-    return fused_conv.FusedConv.apply if in_order and fits else None
+    return fused_conv.fused_conv if in_order and fits else None
 
 
 @contextmanager

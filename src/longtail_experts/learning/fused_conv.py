@@ -32,10 +32,12 @@ from longtail_experts.learning.fused_norm import (
     sum_up_gradients,
     sum_up_moments,
 )
+from longtail_experts.learning.layers import Conv, as_autocast_has_it
 
 TILE = 8192  # values that a program multiplies with a tap at a time
 EACH = 16384  # values of the output's gradient that one program sums up for the weights' gradient
 RUN = 64  # pixels of them at a time
+PRECISIONS = (torch.bfloat16,)  # in float32 cuDNN's are as exact, and faster
 SUMMED = 8192  # values of partial sums that one program holds
 
 _beside: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # by the one that they run beside
@@ -221,6 +223,14 @@ def _sum_parts(partial, dw, num_weights, num_parts, PARTS: tl.constexpr, TOGETHE
     mask = (parts < num_parts)[:, None] & is_weight[None, :]
     sums = tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
     tl.store(dw + number, sums, mask=is_weight)
+
+
+def fused_conv(x: Tensor, weight: Tensor, conv: Conv) -> Tensor | tuple[Tensor, Tensor]:
+    """What `conv` makes of x in a training pass: by these kernels in bf16, for even sides."""
+    seen = as_autocast_has_it(x)
+    if seen.dtype not in PRECISIONS or seen.shape[2] % 2 or seen.shape[3] % 2:
+        return conv.plain(x)
+    return FusedConv.apply(seen.contiguous(memory_format=torch.channels_last), weight, conv)
 
 
 class FusedConv(torch.autograd.Function):

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = (torch.bfloat16,)  # in float32 cuDNN's are as exact, and faster
-
 
 class Conv(nn.Conv2d):
     """A 1x1 or 3x3 convolution that keeps the size of images or halves it, without bias.
@@ -16,7 +14,7 @@ class Conv(nn.Conv2d):
     of both can be added where this one's is computed.
     """
 
-    fused: Callable[..., Any] | None = None  # takes training passes in bf16, where there is one
+    fused: Callable[..., Any] | None = None  # takes training passes, where there is one
 
     def __init__(
         self,
@@ -34,10 +32,10 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if self.fused is not None and self.training:
-            x = as_autocast_has_it(x)
-            if x.dtype in PRECISIONS and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-                x = x.contiguous(memory_format=torch.channels_last)
-                return self.fused(x, self.weight, self)
+            return self.fused(x, self.weight, self)
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         out = super().forward(x)
         return (out, x) if self.passes else out
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail_experts.learning.backend import exact_float32
-from longtail_experts.learning.compiled_norm import compile_norms
+from longtail_experts.learning.compiled import compile_layers
 from longtail_experts.learning.fast_step import (
     Batch,
     CannotRecordError,
@@ -19,10 +19,10 @@ from longtail_experts.learning.fast_step import (
 )
 from longtail_experts.learning.losses import Objective
 
-# images: compiling batch norms has repaid itself then, twice over. It takes 1.3 s and saves 0.12 to
-# 0.2 ms an image (benchmarks/README.md).
-COMPILE_REPAID_AFTER = 20_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of activations in training passes
+# images: compiling layers has repaid itself then, twice over. It takes 2.7 s in float32, where it
+# saves 0.8 ms an image, and 1.3 s in bf16, for 0.12 to 0.2 ms (benchmarks/README.md).
+COMPILE_REPAID_AFTER = {"fp32": 7_000, "bf16": 20_000}
 
 
 class NonFiniteLossError(RuntimeError):
@@ -40,7 +40,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.SGD
-    is_compiled: bool = False  # its batch norms are
+    is_compiled: bool = False  # layers of it are, for a CPU
     recorded: RecordedSteps | None = None  # takes the steps, where there is one
     passes: RecordedPasses | None = None  # the same for forward passes of validations
     step: int = 0
@@ -51,7 +51,7 @@ class TrainState:
     @property
     def path(self) -> str:
         """Which code takes the steps: "fused" for graphs of this project's kernels, "graph" for
-        those of PyTorch's, "compiled" for this project's batch norms on a CPU, or "plain" for one
+        those of PyTorch's, "compiled" for this project's layers on a CPU, or "plain" for one
         operator of PyTorch after another."""
         if self.recorded is not None:
             return "fused" if self.recorded.is_fused else "graph"
@@ -84,11 +84,11 @@ def start_training(
 
     With `fast`, steps on a GPU are recorded and replayed, with `fused` those of this project's
     kernels; on a CPU, a training of `planned_images` (epochs x images) that is long enough to repay
-    it has its batch norms compiled. That depends on these arguments alone, never on a timing, so
-    that two runs of one seed take the same steps.
+    it has layers compiled. That depends on these arguments alone, never on a timing, so that two
+    runs of one seed take the same steps.
     """
-    compiles = fast and device == "cpu" and planned_images >= COMPILE_REPAID_AFTER
-    is_compiled = compiles and _compiles_norms(model, precision)
+    compiles = fast and device == "cpu" and planned_images >= COMPILE_REPAID_AFTER[precision]
+    is_compiled = compiles and _compiles_layers(model, precision)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
@@ -108,10 +108,10 @@ def recorded_passes(device: str, fast: bool) -> RecordedPasses | None:
     return RecordedPasses() if replays(device, fast) else None
 
 
-def _compiles_norms(model: nn.Module, precision: str) -> bool:
+def _compiles_layers(model: nn.Module, precision: str) -> bool:
     """False, with a warning, where they cannot be."""
     try:
-        compile_norms(model, DTYPES[precision])
+        compile_layers(model, DTYPES[precision])
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         warnings.warn(f"training steps are not compiled, and slower: {reason}", stacklevel=3)

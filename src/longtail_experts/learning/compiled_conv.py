@@ -1,0 +1,70 @@
+"""Convolutions for training steps on a CPU in float32, in C++: `compiled_conv.cpp`."""
+
+import ctypes
+import functools
+from ctypes import c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longtail_experts.learning.compiler import addresses, compiled
+from longtail_experts.learning.layers import Conv, as_autocast_has_it
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def compiled_conv(x: Tensor, weight: Tensor, conv: Conv) -> Tensor | tuple[Tensor, Tensor]:
+    """What `conv` makes of x in a training pass: by this code where tensors are float32 and images
+    have even sides, as they do in all of a training."""
+    dtypes = {as_autocast_has_it(x).dtype, x.dtype, weight.dtype}
+    is_known = x.device.type == "cpu" and dtypes == {torch.float32}
+    is_known &= x.dim() == 4 and x.shape[1] == conv.in_channels
+    if not is_known or x.shape[2] % 2 or x.shape[3] % 2:
+        return conv.plain(x)
+    return CompiledConv.apply(x, weight, conv)
+
+
+class CompiledConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, conv):
+        x, weight = _in_order(x), _in_order(weight)
+        ctx.save_for_backward(x, weight)
+        y = torch.empty_like(x)
+        _library().convolution(*_sizes(x), *addresses(x, weight, None, y), False, _threads())
+        return (y, x.view_as(x)) if conv.passes else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dpassed=None):
+        x, weight = ctx.saved_tensors
+        dy, dpassed = (None if d is None else _in_order(d) for d in (dy, dpassed))
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        library, sizes = _library(), _sizes(x)
+        library.convolution(*sizes, *addresses(dy, weight, dpassed, dx), True, _threads())
+        library.weight_gradient(*sizes, *addresses(x, dy, dweight), _threads())
+        return dx, dweight, None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = compiled(SOURCE)
+    sizes = [c_int, c_int64, c_int, c_int]
+    library.convolution.argtypes = [*sizes, *[c_void_p] * 4, c_int, c_int]
+    library.weight_gradient.argtypes = [*sizes, *[c_void_p] * 3, c_int]
+    library.convolution.restype = library.weight_gradient.restype = None
+    return library
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int, int]:
+    number, channels, height, width = x.shape
+    return channels, number, height, width
+
+
+def _threads() -> int:
+    return torch.get_num_threads()

@@ -1,0 +1,287 @@
+"""Which layers of a network are compiled for a CPU, and what a training makes of them."""
+
+import copy
+import sys
+from itertools import count
+
+import pytest
+import torch
+from learning.compiled_layers import BF16, draw, needs_compiler, outcome
+from torch import Tensor, nn
+
+from longtail_experts.learning import compiled as compiled_module
+from longtail_experts.learning import compiled_conv as conv_module
+from longtail_experts.learning import compiled_norm as norm_module
+from longtail_experts.learning import compiler
+from longtail_experts.learning.compiled import CHANNELS, compile_layers
+from longtail_experts.learning.compiled_conv import CompiledConv, compiled_conv
+from longtail_experts.learning.compiled_norm import CompiledNorm, compiled_norm
+from longtail_experts.learning.layers import Conv, Norm
+from longtail_experts.learning.resnet import build_resnet32
+from longtail_experts.learning.step import (
+    COMPILE_REPAID_AFTER,
+    DTYPES,
+    TrainState,
+    start_training,
+    train_step,
+)
+
+LISTED = compiler.FLAGS
+
+
+@pytest.fixture
+def compiles_anew(monkeypatch):
+    """What a test changes is compiled, fast, and forgotten."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compiler, "FLAGS", ("-std=c++17", "-O1", "-fopenmp"))
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    caches = (compiler.compiled, norm_module._library, conv_module._library)
+    for cache in (*caches, compiled_module._why_not):
+        cache.cache_clear()
+
+
+def start(model: nn.Module | None = None, **changes) -> TrainState:
+    settings = {"planned_images": max(COMPILE_REPAID_AFTER.values()), "precision": "bf16"}
+    state = start_training(
+        build_resnet32(5, "projection", seed=0) if model is None else model,
+        **{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "device": "cpu"},
+        **{**settings, **changes},
+    )
+    state.model.train()
+    return state
+
+
+def all_weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.cross_entropy(logits, targets)
+
+
+def losses_of(state: TrainState, num_steps: int = 4, precision: str = "bf16") -> list[float]:
+    random = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(num_steps):
+        images = torch.randn(16, 3, 16, 16, generator=random).to(state.model.fc.weight.dtype)
+        targets = torch.randint(5, (16,), generator=random)
+        loss = train_step(state, images, targets, of_logits, 0.01, precision)
+        losses.append(float(loss))
+    return losses
+
+
+@needs_compiler
+@pytest.mark.parametrize(("precision", "apart"), [("bf16", 0.02), ("fp32", 1e-6)])
+def test_a_training_takes_them(precision, apart, monkeypatch):
+    taken = []
+
+    def noted(kind: type[torch.autograd.Function]) -> None:
+        real = kind.forward
+        note = lambda *given: taken.append((kind, given[1].dtype)) or real(*given)  # noqa: E731
+        monkeypatch.setattr(kind, "forward", note)
+
+    noted(CompiledNorm)
+    noted(CompiledConv)
+    state, plain = (start(precision=precision, fast=fast) for fast in (True, False))
+    assert (state.path, plain.path) == ("compiled", "plain")
+    taken.clear()
+    losses = losses_of(state, precision=precision)
+    norms, convs = ((CompiledNorm, DTYPES[precision]), (CompiledConv, torch.float32))
+    assert taken.count(norms) == len(losses) * 33
+    assert taken.count(convs) == len(losses) * (28 if precision == "fp32" else 0)
+    assert {*taken} <= {norms, convs}
+    expected = losses_of(plain, precision=precision)
+    assert losses[0] == pytest.approx(expected[0], rel=apart)
+    assert losses == pytest.approx(expected, rel=0.02)  # activations next to 0 flip
+    images = torch.randn(2, 3, 32, 32)
+    again = start(fast=False).model
+    again.load_state_dict(state.model.state_dict())
+    assert torch.equal(state.model.eval()(images), again.eval()(images))
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_step_is_about_as_far_from_one_in_float64_as_pytorchs(precision):
+    states = [start(precision=precision, fast=fast) for fast in (True, False, False)]
+    states[2].model.double()
+    for state, kind in zip(states, (precision, precision, "fp32"), strict=True):
+        losses_of(state, 1, kind)
+    compiled, plain, exact = (all_weights(state.model).double() for state in states)
+    assert 0 < (compiled - exact).norm() < 1.25 * (plain - exact).norm()
+
+
+class OneReLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.norm = Conv(3, 16), Conv(16, 16), Norm(16)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv2(self.conv1(x))).mean((2, 3)))
+
+
+@needs_compiler
+def test_fifty_steps_in_fp32_equal_plain_ones():
+    """Losses within 1e-5, weights and statistics within 5e-4 of their largest value; the last batch
+    of each ten is short.
+
+    On a network with one ReLU: in a ResNet-32 a rounding error flips some of the millions of
+    activations that are next to zero, and either path's gradient is 0.2 to 1.4 % off float64's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = OneReLU()
+    states = [start(copy.deepcopy(model), precision="fp32", fast=fast) for fast in (True, False)]
+    assert [state.path for state in states] == ["compiled", "plain"]
+    random = torch.Generator().manual_seed(1)
+    for size in 5 * [*9 * [16], 5]:
+        images = torch.randn(size, 3, 32, 32, generator=random)
+        targets = torch.randint(5, (size,), generator=random)
+        losses = [train_step(s, images, targets, of_logits, 0.02, "fp32") for s in states]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    weights = states[0].model.state_dict()
+    for name, value in states[1].model.state_dict().items():
+        scale = max(float(value.abs().max()), 1e-3)
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=5e-4 * scale)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", DTYPES)
+def test_two_trainings_of_one_seed_are_bit_identical(precision):
+    one, other = start(precision=precision), start(precision=precision)
+    assert losses_of(one, precision=precision) == losses_of(other, precision=precision)
+    weights = other.model.state_dict()
+    assert all(
+        torch.equal(values, weights[name]) for name, values in one.model.state_dict().items()
+    )
+
+
+def refusal(precision: str = "bf16") -> str:
+    """Why a training goes on with PyTorch's."""
+    with pytest.warns(UserWarning, match="steps are not compiled, and slower: ") as caught:
+        state = start(precision=precision)
+    assert state.path == "plain"
+    assert all(m.fused is None for m in state.model.modules() if isinstance(m, Norm | Conv))
+    (warning,) = caught
+    return str(warning.message).split("slower: ")[1]
+
+
+def test_without_a_compiler(compiles_anew, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -v")
+    assert refusal() == "no C++ compiler 'no-such-compiler'; CXX names another"
+
+
+def test_with_a_compiler_that_fails(compiles_anew, monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler.py"
+    compiler.write_text("import sys; sys.exit('in file x:\\nx.cpp:1: error: no such flag\\nmore')")
+    monkeypatch.setenv("CXX", f"{sys.executable} {compiler}")
+    assert refusal() == f"{sys.executable} failed: x.cpp:1: error: no such flag"
+
+
+def test_with_a_compiler_that_hangs(compiles_anew, monkeypatch):
+    monkeypatch.setattr(compiler, "COMPILER_SECONDS", 0.5)
+    monkeypatch.setenv("CXX", f"{sys.executable} -c 'import time; time.sleep(60)'")
+    assert refusal().endswith("timed out after 0.5 seconds")
+
+
+@needs_compiler
+def test_with_one_that_takes_what_is_not_a_number_for_one(compiles_anew, monkeypatch):
+    monkeypatch.setattr(compiler, "FLAGS", ("-O1", *LISTED))
+    monkeypatch.setenv("CXX", "c++ -ffast-math")
+    norm, x = Norm(16), draw(4, 16, 8, 8)
+    compile_layers(norm, BF16)
+    x[1, 5, 2, 2] = float("nan")
+    assert outcome(norm, x)["output 0"].isnan()[:, 5].all()
+
+
+@needs_compiler
+def test_with_one_that_brings_threads_of_its_own(compiles_anew, monkeypatch):
+    looks = count()
+    monkeypatch.setattr(
+        compiler,
+        "openmp_libraries",
+        lambda: {"libgomp.so.1", "libomp.so"} if next(looks) else {"libgomp.so.1"},
+    )
+    for _ in range(2):  # it stays there: the next look finds nothing new
+        assert refusal() == "what c++ compiles brings threads of its own: libomp.so"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says which libraries there are")
+def test_libraries_of_threads_are_found():
+    assert any("omp" in library for library in compiler.openmp_libraries())
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("value <= 0.f ? 0.f : value", "value"),
+        ("value <= 0.f ? 0.f : gradient", "gradient"),
+        ("if (ADDS) value += wide(also[c]);", ""),
+        ("if (ADDS) put(d, masked[c]);", "if (ADDS) masked[c] = gradient[c];"),
+        ("squares[c] / rows - mean * mean", "squares[c] / rows"),
+        ("momentum * (moments[c]", "0.2 * (moments[c]"),
+        ("- of_x[c] * affine.mean[c]", ""),
+        ("row < begin_of(rows, part + 1)", "row < begin_of(rows, part + 1) - 1"),
+        ("bits + 0x7fff + ((bits >> 16) & 1)", "bits + 0x7ffff"),
+        ("float& at) { at = value; }", "float& at) { at = 1.02f * value; }"),
+        ("bool above = y > 0", "bool above = y > 2"),
+        ("below = y + 2 < images.height", "below = y + 2 < images.height - 2"),
+        ("if (x0 > 0) column(0, -1);", "if (x0 > 2) column(0, -1);"),
+        ("x0 + 2 * tile + 2 < images.width", "x0 + 2 * tile + 4 < images.width"),
+        ("rows[1][j] = m[1] - m[2] - m[3];", "rows[1][j] = m[1] - m[2] + m[3];"),
+        ("left += load(added + at);", ""),
+        ("columns[3][j] = -lower;", "columns[3][j] = lower;"),
+        ("tile < count; tile += ROWS<C>", "tile + ROWS<C> <= count; tile += ROWS<C>"),
+        ("store(adds ? load(at) + sums", "store(adds ? sums"),
+        (
+            "part < PARTS; part++)\n                for",
+            "part < PARTS - 1; part++)\n                for",
+        ),
+        ("(backward ? o * C + i : i * C + o)", "(i * C + o)"),
+        ("(backward ? 2 - x : x)", "x"),
+    ],
+)
+def test_what_computes_something_else_is_refused(
+    right, wrong, compiles_anew, monkeypatch, tmp_path
+):
+    (module,) = (m for m in (norm_module, conv_module) if right in m.SOURCE.read_text())
+    precision = "bf16" if module is norm_module and "float& at" not in right else "fp32"
+    text = module.SOURCE.read_text()
+    assert text.count(right) == 1
+    source = tmp_path / "wrong.cpp"
+    source.write_text(text.replace(right, wrong))
+    monkeypatch.setattr(module, "SOURCE", source)
+    assert "of its length away from PyTorch's (at most 0.01)" in refusal(precision)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_only_what_it_is_written_for_takes_it(dtype):
+    norms = [*(Norm(channels) for channels in (8, *CHANNELS)), nn.BatchNorm2d(16)]
+    convs = [Conv(3, 16), Conv(16, 32), Conv(8, 8), Conv(16, 16, stride=2), Conv(16, 16, 1)]
+    convs += [nn.Conv2d(16, 16, 3, padding=1), *(Conv(channels, channels) for channels in CHANNELS)]
+    layers = nn.ModuleList([*norms, *convs])
+    compile_layers(layers, dtype)
+    for network in (layers, copy.deepcopy(layers)):
+        kernels = [getattr(layer, "fused", None) for layer in network]
+        taken = kernels[1:4]
+        assert all((k.func, k.args) == (compiled_norm, (dtype,)) for k in taken)
+        takes_convs = dtype == torch.float32
+        assert kernels[-3:] == 3 * [compiled_conv if takes_convs else None]
+        assert not any([kernels[0], *kernels[4:-3]])
+
+
+@needs_compiler
+def test_random_numbers_to_come_stay_the_same(compiles_anew):
+    """Those of a training are not drawn otherwise because layers were compared before it."""
+    before = torch.get_rng_state()
+    for dtype in DTYPES.values():
+        compile_layers(nn.Sequential(Norm(16)), dtype)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,108 @@
+"""Convolutions in C++ equal PyTorch's, forward and backward, but for rounding."""
+
+import pytest
+import torch
+from learning.compiled_layers import draw, needs_compiler, outcome
+from torch.nn import functional as F
+
+from longtail_experts.learning.compiled_conv import compiled_conv
+from longtail_experts.learning.fused import how_far_from_float64
+from longtail_experts.learning.layers import Conv
+
+FLOAT = torch.float32
+pytestmark = needs_compiler
+
+
+def a_conv(channels: int, compiled: bool = True, passes: bool = False) -> Conv:
+    conv = Conv(channels, channels, passes=passes).to(memory_format=torch.channels_last)
+    conv.weight.data = draw(*conv.weight.shape, seed=channels, mean=0.1, std=0.3, dtype=FLOAT)
+    conv.fused = compiled_conv if compiled else None
+    return conv
+
+
+@pytest.mark.parametrize("passes", [True, False])
+@pytest.mark.parametrize(
+    ("channels", "images", "height", "width"),
+    # Whole blocks, some that end within a row of tiles, fewer tiles than there are parts, and one.
+    [
+        *((16, 128, 32, 32), (32, 128, 16, 16), (64, 128, 8, 8)),
+        *((16, 37, 18, 22), (32, 5, 30, 2), (64, 3, 2, 38), (16, 1, 2, 2), (64, 1, 4, 6)),
+    ],
+)
+def test_equals_float64_but_for_rounding(channels, images, height, width, passes):
+    x = draw(images, channels, height, width, dtype=FLOAT)
+    apart = how_far_from_float64(a_conv(channels, passes=passes), [x])
+    assert len(apart) == 4 + passes
+    for name, value in apart.items():
+        assert value < 1e-6, name
+
+
+@pytest.mark.parametrize("channels", [16, 32, 64])
+@pytest.mark.parametrize("tap", range(9))
+def test_a_filter_of_one_tap_moves_the_image(channels, tap):
+    """From channel to channel: y[o] is x[o + 3], a pixel further."""
+    conv, (down, right) = a_conv(channels), divmod(tap, 3)
+    conv.weight.data.zero_()
+    number = torch.arange(channels)
+    conv.weight.data[number, (number + 3) % channels, down, right] = 1.0
+    x = draw(2, channels, 6, 10, dtype=FLOAT)
+    moved = F.pad(x, (1, 1, 1, 1))[:, (number + 3) % channels, down : down + 6, right : right + 10]
+    torch.testing.assert_close(conv(x).detach(), moved, rtol=0, atol=1e-5)
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    inputs = draw(37, 32, 18, 10, dtype=FLOAT)
+    outcomes = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outcomes.append(outcome(a_conv(32, passes=True), inputs))
+    torch.set_num_threads(1)
+    for other in outcomes[1:]:
+        assert all(torch.equal(other[name], values) for name, values in outcomes[0].items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("of_weights", [True, False])
+def test_what_is_not_finite_is_not_hidden(value, of_weights):
+    found, expected = {}, {}
+    for compiled, into in ((True, found), (False, expected)):
+        conv, x = a_conv(16, compiled), draw(4, 16, 8, 8, dtype=FLOAT)
+        (conv.weight.data[3, 5] if of_weights else x[1, 5])[1, 2] = value
+        into |= outcome(conv, x)
+    for name in expected:
+        assert not (found[name].isfinite() & ~expected[name].isfinite()).any(), name
+    assert of_weights or found["output 0"][[0, 2, 3]].isfinite().all()  # other images
+
+
+def test_any_memory_order_comes_out_as_channels_last():
+    x = draw(4, 32, 8, 8, dtype=FLOAT)
+    conv = a_conv(32, passes=True)
+    expected = outcome(conv, x)
+    conv.weight.grad, conv.weight.data = None, conv.weight.data.contiguous()
+    found = outcome(conv, x.contiguous())
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    assert conv(x.contiguous())[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_other_passes_are_pytorchs():
+    x = draw(4, 16, 8, 8, dtype=FLOAT)
+    for changed in (x.double(), x[:, :, 1:], x[..., 1:], x[:, :, :1]):
+        found, expected = (
+            outcome(a_conv(16, compiled, passes=True).to(changed.dtype), changed)
+            for compiled in (True, False)
+        )
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bf16 = [a_conv(16, compiled)(x) for compiled in (True, False)]
+    assert in_bf16[0].dtype == torch.bfloat16
+    assert torch.equal(*in_bf16)
+    evaluated = [a_conv(16, compiled).eval()(x) for compiled in (True, False)]
+    assert torch.equal(*evaluated)
+    assert a_conv(16)(x[:0]).shape == (0, 16, 8, 8)
+    with pytest.raises(RuntimeError, match="to have 16 channels, but got 32"):
+        a_conv(16)(draw(4, 32, 8, 8, dtype=FLOAT))
+    leaf = x.clone().requires_grad_()
+    squares = a_conv(16)(leaf).square().sum()
+    (gradient,) = torch.autograd.grad(squares, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
