@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 BF16 = torch.bfloat16
-# Of a value in bf16: twice what it is moved by at most. Sums, and what is float32, are far closer.
-ROUNDING = {BF16: 2**-8, torch.float32: 1e-6}
 
 
 def draw(

@@ -9,7 +9,6 @@ import torch
 from learning.compiled_layers import BF16, draw, needs_compiler, outcome
 from torch import Tensor, nn
 
-from longtail_experts.learning import compiled as compiled_module
 from longtail_experts.learning import compiled_conv as conv_module
 from longtail_experts.learning import compiled_norm as norm_module
 from longtail_experts.learning import compiler
@@ -27,22 +26,6 @@ from longtail_experts.learning.step import (
 )
 
 LISTED = compiler.FLAGS
-
-
-@pytest.fixture
-def compiles_anew(monkeypatch):
-    """What a test changes is compiled, fast, and forgotten."""
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(compiler, "FLAGS", ("-std=c++17", "-O1", "-fopenmp"))
-    forget()
-    yield
-    forget()
-
-
-def forget() -> None:
-    caches = (compiler.compiled, norm_module._library, conv_module._library)
-    for cache in (*caches, compiled_module._why_not):
-        cache.cache_clear()
 
 
 def start(model: nn.Module | None = None, **changes) -> TrainState:
@@ -192,7 +175,7 @@ def test_with_a_compiler_that_hangs(compiles_anew, monkeypatch):
 
 @needs_compiler
 def test_with_one_that_takes_what_is_not_a_number_for_one(compiles_anew, monkeypatch):
-    monkeypatch.setattr(compiler, "FLAGS", ("-O1", *LISTED))
+    monkeypatch.setattr(compiler, "FLAGS", (*LISTED, "-O1"))
     monkeypatch.setenv("CXX", "c++ -ffast-math")
     norm, x = Norm(16), draw(4, 16, 8, 8)
     compile_layers(norm, BF16)
@@ -208,8 +191,8 @@ def test_with_one_that_brings_threads_of_its_own(compiles_anew, monkeypatch):
         "openmp_libraries",
         lambda: {"libgomp.so.1", "libomp.so"} if next(looks) else {"libgomp.so.1"},
     )
-    for _ in range(2):  # it stays there: the next look finds nothing new
-        assert refusal() == "what c++ compiles brings threads of its own: libomp.so"
+    for precision in DTYPES:  # it stays there: the next look finds nothing new
+        assert refusal(precision) == "what c++ compiles brings threads of its own: libomp.so"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says which libraries there are")

@@ -5,10 +5,12 @@ import torch
 from learning.compiled_layers import draw, needs_compiler, outcome
 from torch.nn import functional as F
 
+from longtail_experts.learning import compiler
 from longtail_experts.learning.compiled_conv import compiled_conv
 from longtail_experts.learning.fused import how_far_from_float64
 from longtail_experts.learning.layers import Conv
 
+LISTED = compiler.FLAGS
 FLOAT = torch.float32
 pytestmark = needs_compiler
 
@@ -35,6 +37,15 @@ def test_equals_float64_but_for_rounding(channels, images, height, width, passes
     assert len(apart) == 4 + passes
     for name, value in apart.items():
         assert value < 1e-6, name
+
+
+@pytest.mark.parametrize("narrow", ["-mno-avx512f", "-mno-avx"])
+@pytest.mark.parametrize("channels", [16, 32, 64])
+def test_with_narrower_registers(channels, narrow, compiles_anew, monkeypatch):
+    monkeypatch.setenv("CXX", f"c++ {narrow}")
+    monkeypatch.setattr(compiler, "FLAGS", (*LISTED, "-O1"))
+    apart = how_far_from_float64(a_conv(channels), [draw(3, channels, 18, 10, dtype=FLOAT)])
+    assert max(apart.values()) < 1e-6
 
 
 @pytest.mark.parametrize("channels", [16, 32, 64])
@@ -74,6 +85,18 @@ def test_what_is_not_finite_is_not_hidden(value, of_weights):
     assert of_weights or found["output 0"][[0, 2, 3]].isfinite().all()  # other images
 
 
+def test_a_gradient_that_nobody_asks_for_is_left_out():
+    x = draw(4, 16, 8, 8, dtype=FLOAT)
+    whole, frozen = a_conv(16), a_conv(16)
+    expected = outcome(whole, x)
+    frozen.weight.requires_grad_(False)
+    assert torch.equal(outcome(frozen, x)["gradient 0"], expected["gradient 0"])
+    frozen.weight.requires_grad_(True)
+    y = frozen(x)
+    y.backward(draw(*y.shape, seed=9, mean=0.0, dtype=FLOAT))
+    assert torch.equal(frozen.weight.grad, expected["gradient 1"])
+
+
 def test_any_memory_order_comes_out_as_channels_last():
     x = draw(4, 32, 8, 8, dtype=FLOAT)
     conv = a_conv(32, passes=True)
@@ -99,6 +122,11 @@ def test_other_passes_are_pytorchs():
     evaluated = [a_conv(16, compiled).eval()(x) for compiled in (True, False)]
     assert torch.equal(*evaluated)
     assert a_conv(16)(x[:0]).shape == (0, 16, 8, 8)
+    half = a_conv(16)
+    half.weight.data = half.weight.data[:8].clone()
+    assert half(x).shape == (4, 8, 8, 8)
+    with pytest.raises(RuntimeError):
+        a_conv(16)(x[:, :, :0])
     with pytest.raises(RuntimeError, match="to have 16 channels, but got 32"):
         a_conv(16)(draw(4, 32, 8, 8, dtype=FLOAT))
     leaf = x.clone().requires_grad_()

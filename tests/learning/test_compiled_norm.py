@@ -4,12 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from learning.compiled_layers import BF16, ROUNDING, draw, needs_compiler, outcome
+from learning.compiled_layers import BF16, draw, needs_compiler, outcome
 
 from longtail_experts.learning.compiled_norm import VALUES, compiled_norm
 from longtail_experts.learning.fused import how_far_from_float64
 from longtail_experts.learning.layers import Norm
 
+# Of a value in bf16: twice what it is moved by at most. Sums, and what is float32, are far closer.
+ROUNDING = {BF16: 2**-8, torch.float32: 1e-6}
 FLIPPED = 5e-3  # where a ReLU's input next to 0 comes out on the other side, among thousands
 
 

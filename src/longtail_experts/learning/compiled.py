@@ -6,18 +6,16 @@ Winograd's do with less than half of the multiplications (benchmarks/README.md).
 """
 
 import functools
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 from torch import nn
 
 from longtail_experts.learning.compiled_conv import compiled_conv
 from longtail_experts.learning.compiled_norm import compiled_norm
-from longtail_experts.learning.fused import require_same_layer
+from longtail_experts.learning.fused import Kernel, require_same_layer
 from longtail_experts.learning.layers import Conv, Norm
 
 CHANNELS = (16, 32, 64)  # that it is written for
@@ -36,7 +34,7 @@ def compile_layers(model: nn.Module, dtype: torch.dtype) -> None:
             module.fused = kernel
 
 
-def _kernel_of(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any] | None:
+def _kernel_of(module: nn.Module, dtype: torch.dtype) -> Kernel | None:
     if isinstance(module, Norm) and module.num_features in CHANNELS:
         return partial(compiled_norm, dtype)
     if isinstance(module, Conv) and dtype == torch.float32:

@@ -171,12 +171,14 @@ void transform_gradient(const float* dy, Images images, int64_t first, int count
     });
 }
 
+// Sums in registers are rows of so many vectors.
 template <int C>
 constexpr int VECTORS = LANES == 16 ? C / LANES : 2;
 template <int C>
 constexpr int ROWS = SUMS / VECTORS<C>;
 
-// out [rows, C] (+)= a [rows, depth] b [depth, C]; an element of a is a[row * A_ROW + k * A_STEP].
+// out [NUM, C] = a [NUM, depth] b [depth, C], or added to it; an element of a is
+// a[row * A_ROW + k * A_STEP].
 template <int C, int NUM, int A_ROW, int A_STEP>
 void multiply_rows(const float* a, const float* b, float* out, int depth, bool adds) {
     for (int column = 0; column < C; column += VECTORS<C> * LANES) {
@@ -235,6 +237,7 @@ template <int C>
 void convolve(const float* x, const float* weight, const float* added, float* y, Images images,
               bool backward, int threads) {
     constexpr int TILES = Block<C>::TILES;
+    static_assert(TILES % ROWS<C> == 0, "else the last rows lie past the block");
     std::unique_ptr<float[]> u(new float[POINTS * C * C]);
     transform_filters<C>(weight, backward, u.get(), threads);
     int64_t tiles = images.tiles();

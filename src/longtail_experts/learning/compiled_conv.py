@@ -13,15 +13,16 @@ from longtail_experts.learning.compiler import addresses, compiled
 from longtail_experts.learning.layers import Conv, as_autocast_has_it
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+CPU = torch.device("cpu")
 
 
 def compiled_conv(x: Tensor, weight: Tensor, conv: Conv) -> Tensor | tuple[Tensor, Tensor]:
     """What `conv` makes of x in a training pass: by this code where tensors are float32 and images
     have even sides, as they do in all of a training."""
     dtypes = {as_autocast_has_it(x).dtype, x.dtype, weight.dtype}
-    is_known = x.device.type == "cpu" and dtypes == {torch.float32}
-    is_known &= x.dim() == 4 and x.shape[1] == conv.in_channels
-    if not is_known or x.shape[2] % 2 or x.shape[3] % 2:
+    is_known = dtypes == {torch.float32} and x.device == weight.device == CPU
+    is_known &= x.dim() == 4 and weight.shape == (x.shape[1], x.shape[1], 3, 3)
+    if not is_known or any(side == 0 or side % 2 for side in x.shape[2:]):
         return conv.plain(x)
     return CompiledConv.apply(x, weight, conv)
 
@@ -32,7 +33,8 @@ class CompiledConv(torch.autograd.Function):
         x, weight = _in_order(x), _in_order(weight)
         ctx.save_for_backward(x, weight)
         y = torch.empty_like(x)
-        _library().convolution(*_sizes(x), *addresses(x, weight, None, y), False, _threads())
+        threads = torch.get_num_threads()
+        _library().convolution(*_sizes(x), *addresses(x, weight, None, y), False, threads)
         return (y, x.view_as(x)) if conv.passes else y
 
     @staticmethod
@@ -40,10 +42,14 @@ class CompiledConv(torch.autograd.Function):
     def backward(ctx, dy, dpassed=None):
         x, weight = ctx.saved_tensors
         dy, dpassed = (None if d is None else _in_order(d) for d in (dy, dpassed))
-        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-        library, sizes = _library(), _sizes(x)
-        library.convolution(*sizes, *addresses(dy, weight, dpassed, dx), True, _threads())
-        library.weight_gradient(*sizes, *addresses(x, dy, dweight), _threads())
+        dx = dweight = None
+        library, sizes, threads = _library(), _sizes(x), torch.get_num_threads()
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            library.convolution(*sizes, *addresses(dy, weight, dpassed, dx), True, threads)
+        if ctx.needs_input_grad[1]:
+            dweight = torch.empty_like(weight)
+            library.weight_gradient(*sizes, *addresses(x, dy, dweight), threads)
         return dx, dweight, None
 
 
@@ -64,7 +70,3 @@ def _in_order(tensor: Tensor) -> Tensor:
 def _sizes(x: Tensor) -> tuple[int, int, int, int]:
     number, channels, height, width = x.shape
     return channels, number, height, width
-
-
-def _threads() -> int:
-    return torch.get_num_threads()

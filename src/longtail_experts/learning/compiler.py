@@ -24,7 +24,7 @@ def compiled(source: Path, *options: str) -> ctypes.CDLL:
     Once a process, which takes a second or so.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [COMPILER]
-    before = openmp_libraries()
+    before = _openmp_libraries_at_first()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{source.stem}.so")
         try:
@@ -49,6 +49,12 @@ def compiled(source: Path, *options: str) -> ctypes.CDLL:
         # They would wait for work on the cores that PyTorch's compute on.
         raise RuntimeError(f"what {compiler[0]} compiles brings threads of its own: {more[0]}")
     return library
+
+
+@functools.cache
+def _openmp_libraries_at_first() -> set[str]:
+    """Before anything was compiled: what one library has brought, it has not had for the next."""
+    return openmp_libraries()
 
 
 def openmp_libraries() -> set[str]:

@@ -23,7 +23,7 @@ COMPILERS = 8  # threads
 _same: set[tuple] = set()  # kinds of module, and of input, that were found to agree
 
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[..., Any]  # of a layer
 Kernels = Callable[[nn.Module], AbstractContextManager]  # of a network, inside a context
 
 

@@ -177,7 +177,7 @@ def batches_of_training(
 
 
 def state_before_training(model: torch.nn.Module, config: Config, data: Dataset) -> TrainState:
-    """Batch norms are compiled where a training of this config is long enough to repay it."""
+    """Layers are compiled where a training of this config is long enough to repay it."""
     return start_training(
         model,
         lr=config.lr,
