@@ -20,6 +20,7 @@ ALLOWED = {
 }
 # Beside numpy, torch and the standard library; `learning` and `data` run where only these are.
 THIRD_PARTY = {"torch", "torchvision", "numpy", "scipy", "pyarrow", "PIL", "tqdm", "triton"}
+THIRD_PARTY |= {"filelock"}  # of data/locks.py, which is imported where files are fetched
 
 
 def imports(path: Path) -> set[str]:

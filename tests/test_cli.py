@@ -9,6 +9,7 @@ import pytest
 
 from longtail_experts import cli
 from longtail_experts.cli import main
+from longtail_experts.data import sources
 
 FULL = ("main", "--config", "cifar100_lt")
 
@@ -48,6 +49,7 @@ def empty_folder(tmp_path, monkeypatch) -> Path:
         (("calibrate", "--run_id", "x", "--device", "cuda"), "device=cuda: torch sees no GPU"),
         (("train", "--config", "demo", "--loss", "all"), "loss=all: train takes one loss"),
         (("trian",), "no entry point 'trian'; did you mean train?"),
+        (("data", "--resume", "x"), "unknown field 'resume'"),
         (("calibrate",), "--run_id"),
         (("calibrate", "--run_id", "x", "--lr", "1"), "unknown field 'lr'"),
         (("calibrate", "--run_id", "x", "--batch_size", "0"), "batch_size=0: "),
@@ -110,12 +112,31 @@ def test_with_cifar100_on_disk_the_full_recipe_runs(empty_folder, chosen, capsys
 
 @pytest.mark.parametrize(
     "named",
-    [["--config", "cifar100_lt"], ["--source", "synthetic"], ["--data_dir", "elsewhere"]],
+    [
+        ["--config", "cifar100_lt"],
+        ["--source", "synthetic"],
+        ["--data_dir", "elsewhere"],
+        ["--subset_rule", "ldam"],
+    ],
 )
 def test_naming_anything_switches_the_fallback_off(empty_folder, chosen, capsys, named):
     assert main(["main", *named]) == 0
     assert chosen[0].epochs == 256
     assert "DEMO" not in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(empty_folder, monkeypatch, capsys):
+    def refuse(folder: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(sources, "cifar100_on_disk", refuse)
+    assert main(["main"]) == 2
+    assert capsys.readouterr().err.strip() == "error: data_dir=data: Permission denied"
+
+
+def test_an_unknown_field_is_never_called_by_its_own_name(empty_folder, capsys):
+    assert main(["preflight", "--resume", "x"]) == 2
+    assert "did you mean resume" not in capsys.readouterr().err
 
 
 def test_milestones_past_the_end_are_a_warning(empty_folder, monkeypatch, caplog):

@@ -259,7 +259,9 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         name = unknown[0].split("=")[0].lstrip("-")
         if not unknown[0].startswith("-"):
             raise ConfigError(f"{shorten(unknown[0])!r}: fields are given as --name value")
-        own = OWN_PARAMETERS.get(entry_point, {"config": "", "resume": ""})
+        own = OWN_PARAMETERS.get(
+            entry_point, ("config", "resume")[: 1 + (entry_point in RESUMABLE)]
+        )
         raise ConfigError(
             f"unknown field {shorten(name)!r}{nearest(name, [*own, *_config_fields(entry_point)])}"
         )
@@ -272,16 +274,20 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
 def choose_config(name: str, overrides: dict[str, str]) -> tuple[Config, str | None]:
     """The config asked for, and the banner of the demo where it stands in for the full recipe.
 
-    Naming a config, a source or a data_dir switches the fallback off.
+    Naming a config, a source, a data_dir or LDAM's subset switches the fallback off.
     """
     if name != "auto":
         return load_config(name, overrides), None
     config = load_config(FULL_RECIPE, overrides)
-    if "source" in overrides or "data_dir" in overrides:
+    if {"source", "data_dir"} & overrides.keys() or overrides.get("subset_rule") == "ldam":
         return config, None
     from longtail_experts.data.sources import cifar100_can_be_downloaded, cifar100_on_disk
 
-    if cifar100_on_disk(Path(config.data_dir or "data")) or cifar100_can_be_downloaded():
+    try:
+        is_there = cifar100_on_disk(Path(config.data_dir or "data"))
+    except OSError as error:
+        raise ConfigError(f"data_dir={config.data_dir}: {error.strerror}") from None
+    if is_there or cifar100_can_be_downloaded():
         return config, None
     return load_config(DEMO_RECIPE, overrides), DEMO_BANNER.format(folder=f"{config.data_dir}/")
 

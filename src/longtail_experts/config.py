@@ -100,7 +100,11 @@ class Config(BaseModel):
         description="which images of a class are in the pool: drawn by split_seed, or the subset "
         "of LDAM's code (official files only)",
     )
-    split_seed: Seed = Field(42, description="decides which image falls in which split")
+    split_seed: Seed = Field(
+        42,
+        description="decides which image falls in which split (of LDAM's subset: which test image "
+        "alone; the pool's are always the same)",
+    )
     seed: Seed = Field(0, description="expert_seed is derived from it and the loss")
     expert_seed: Seed | None = Field(
         None, description="weights, order and augmentation; none: derived from seed and loss"
@@ -172,8 +176,8 @@ class Config(BaseModel):
         max_length=200,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$",
         description="name in the model registry under which the calibrated expert becomes a "
-        "version, and `champion` where it is the best of its splits on val_lt; none: "
-        "not registered",
+        "version, and `champion` if it is the first, or better on val_lt than the champion of "
+        "the same splits; none: not registered",
     )
     preflight: bool = Field(
         True,

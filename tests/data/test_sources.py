@@ -1,4 +1,5 @@
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from longtail_experts.data import sources
+from longtail_experts.data import locks, sources
 from longtail_experts.data.sources import (
     DataError,
     ImageData,
@@ -90,6 +91,11 @@ def test_synthetic_shapes_and_labels():
     assert len(set(images.class_names)) == 100
     assert (images.source, images.largest_class) == ("synthetic", 10)
     assert images.index_space == images.fingerprint
+
+
+def test_more_than_memory_holds_is_not_generated():
+    with pytest.raises(DataError, match=r"^images_per_class=5001: .* at most 5,000$"):
+        load_images("synthetic", None, images_per_class=5001)
 
 
 def test_synthetic_is_decided_by_the_seed():
@@ -420,6 +426,26 @@ def test_failed_write_leaves_nothing_behind(parquet_dir, cache_dir, monkeypatch)
     assert list(cache_dir.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_removed_a_day_later(parquet_dir, cache_dir):
+    load(parquet_dir)
+    entry = only_entry(cache_dir)
+    old, new = (entry.with_name(f"{entry.name}.{pid}.tmp.npz") for pid in (1, 2))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    entry.unlink()
+    load(parquet_dir)
+    assert sorted(cache_dir.iterdir()) == sorted([entry, new])
+
+
+def test_an_empty_name_of_the_cache_is_none(parquet_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGTAIL_CACHE_DIR", "")
+    load(parquet_dir)
+    assert [file.suffix for file in (tmp_path / ".cache").iterdir()] == [".npz"]
+    assert not list(tmp_path.glob("*.npz"))
+
+
 def test_bad_images_are_not_cached(parquet_dir, cache_dir):
     write_parquet(parquet_dir / "test.parquet", [b"bad"], [0])
     with pytest.raises(DataError):
@@ -547,6 +573,19 @@ def test_more_than_8_bits_a_channel_are_refused(colour_folder, dtype):
     Image.fromarray(ramp).save(wide.with_suffix(".png" if dtype == np.uint16 else ".tiff"))
     with pytest.raises(DataError, match="give 8 bits a channel"):
         load_images("images", str(colour_folder))
+
+
+def test_more_images_of_a_class_than_cifar_has_are_refused(data_dir, monkeypatch):
+    """A second copy under another name would put the same images on both sides of a split."""
+    cells, labels = [encoded(TRAIN[0])] * 501, [7] * 501
+    write_parquet(data_dir / "train.parquet", cells, labels)
+    write_parquet(data_dir / "test.parquet", [encoded(x) for x in TEST], TEST_LABELS)
+    with pytest.raises(
+        DataError, match=r"class 7 \(.*\) has 501 training images, of CIFAR-100's 500"
+    ):
+        load(data_dir)
+    write_parquet(data_dir / "train.parquet", cells[1:], labels[1:])
+    assert len(load(data_dir).train_labels) == 500
 
 
 def test_a_second_copy_of_a_parquet_is_refused(parquet_dir):
@@ -724,6 +763,28 @@ def test_no_cifar100_says_what_it_looks_like(tmp_path, there):
     assert folder.exists() == there
 
 
+def test_a_download_under_way_is_waited_for(data_dir, monkeypatch):
+    """Another process has written half of the archive when this one looks."""
+    files = official_files()
+    trust(monkeypatch, files)
+    archive = data_dir / "cifar-100-python.tar.gz"
+    archive.write_bytes(b"half")
+    acquired = []
+
+    class Lock:
+        def __enter__(self):  # the other one has come to its end
+            acquired.append(archive.exists())
+            archive.unlink()
+            write_official(data_dir, **files)
+
+        def __exit__(self, *error):
+            return None
+
+    monkeypatch.setattr(locks, "host_lock", lambda what: Lock())
+    assert_is_the_content(load_images("cifar100", str(data_dir), download=True))
+    assert acquired == [True]
+
+
 def test_failed_download_is_a_data_error(data_dir):
     with pytest.raises(DataError, match=f"^data_dir={data_dir}: .* cannot be downloaded"):
         load_images("cifar100", str(data_dir), download=True)
@@ -764,7 +825,10 @@ def test_probe_asks_for_the_head_of_the_official_address(monkeypatch, status, re
     assert asked == [(CIFAR100.url, "HEAD")]
 
 
-@pytest.mark.parametrize("error", [urllib.error.URLError("x"), TimeoutError(), ValueError()])
+@pytest.mark.parametrize(
+    "error",
+    [urllib.error.URLError("x"), TimeoutError(), ValueError(), http.client.BadStatusLine("x")],
+)
 def test_probe_that_fails_is_a_no(monkeypatch, error):
     monkeypatch.delenv("LONGTAIL_OFFLINE", raising=False)
 

@@ -16,7 +16,7 @@ from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
 from longtail_experts.learning.resnet import ResNet32
 from longtail_experts.stages import export
-from longtail_experts.tracking.runs import RunError
+from longtail_experts.tracking.runs import Run, RunError
 
 NAMES = {"ce": "ce", "logit_adjust": "logitadjust", "balanced_softmax": "balsoftmax"}
 SPLITS = ("train", "tuneV", "val_small", "calib", "val_lt", "test_lt")
@@ -236,6 +236,16 @@ def test_a_temperature_at_the_bound_is_said_to_be_no_estimate(experts_copy, tmp_
     export.run([experts_copy["ce"]], tmp_path / "out")
     assert f"run {experts_copy['ce']}: T = " in caplog.text
     assert "is at the bound of the search" in caplog.text
+
+
+def test_weights_that_argse_cannot_load_are_named(finished, tmp_path, caplog, monkeypatch):
+    export.run([finished["ce"]], tmp_path / "projection")
+    assert "shortcut" not in caplog.text
+    params = property(lambda run: real.fget(run) | {"shortcut": "pad"})
+    real = Run.params
+    monkeypatch.setattr(Run, "params", params)
+    export.run([finished["ce"]], tmp_path / "pad")
+    assert f"run {finished['ce']}: shortcut=pad: its weights have no shortcut.*" in caplog.text
 
 
 def test_out_is_where_a_shell_would_have_it(finished, tmp_path, monkeypatch, capfd):

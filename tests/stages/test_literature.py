@@ -119,7 +119,8 @@ def test_test_scores_are_cross_fitted_under_the_uniform_prior(here, loss):
     low, high = metrics["temperature_low"], metrics["temperature_high"]
     assert low <= metrics["temperature"] <= high
     manifest = json.loads(artifact(run, "logits/manifest.json").read_text())
-    assert "cross-fitted" in manifest["temperature_from"]
+    assert manifest["temperature_from"] == "test_balanced, uniform prior, all images"
+    assert tuple(manifest["temperature_halves"]) == crossed.halves
     note = run.data.tags["mlflow.note.content"]
     assert "no calibration split" in note
     assert "own subset" in note

@@ -60,6 +60,23 @@ def test_milestones_of_a_cosine_stop_nothing_and_may_weigh_classes():
     assert found["ldam_drw"]["beta"].verdict == "ok"
 
 
+def test_a_slip_of_the_keyboard_takes_no_memory(store, tiny_arguments, capfd):
+    """Rates of a billion epochs would be hundreds of gigabytes."""
+    assert main(["preflight", *tiny_arguments, "--epochs", "1000000000"]) == 1
+    assert "NOT READY: disk=" in capfd.readouterr().err
+    (run,) = runs()
+    assert run.data.tags["ready"] == "false"
+    assert "Not computed: something is blocking." in run.data.tags["mlflow.note.content"]
+
+
+def test_one_epoch_of_warm_up_is_none():
+    """The first of the epochs has its share of the rate, which of one is all of it."""
+    for epochs, verdict in ((1, "warning"), (2, "note")):
+        config = make_config({"warmup_steps": 0, "warmup_epochs": epochs})
+        found = {f.field: f for f in config_findings(config, ONE_STEP)}
+        assert found["lr"].verdict == verdict
+
+
 def test_the_report(store, tiny_arguments, capsys):
     assert main(["preflight", "--loss", "all", *tiny_arguments]) == 0
     (run,) = runs()

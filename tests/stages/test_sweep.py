@@ -106,6 +106,11 @@ def test_a_grid_may_vary_the_recipe(tmp_path):
         ({"grid": {"seed": [0]}, "gpus_per_trial": 1.5}, {}, "gpus_per_trial=1.5: must be whole"),
         ({"grid": {"seed": [0]}, "config": "nosuch"}, {}, "config=nosuch: no such file"),
         (
+            {"grid": {"split_seed": [0, 1]}, "config": "literature"},
+            {},
+            "grid: split_seed: subset_rule=ldam has the same training images",
+        ),
+        (
             {"grid": {"seed": list(range(101)), "split_seed": list(range(100))}},
             {},
             "grid: 10,100 trials; at most 10,000",
@@ -280,7 +285,8 @@ def test_the_same_command_repeats_only_what_failed(swept_store, capfd):
 @needs_ray
 def test_two_processes_do_not_run_one_sweep(swept_store, capfd):
     parent = MlflowClient().get_run(swept_store["parent"])
-    this = f"sweep {parent.info.experiment_id} {parent.data.tags['sweep_sha256']}"
+    here = sweeps.store_address()  # experiment 0 is in every store
+    this = f"sweep {here} {parent.info.experiment_id} {parent.data.tags['sweep_sha256']}"
     with one_process(this, "not here"):
         assert main(["sweep", "--sweep", swept_store["file"]]) == 1
     assert "error: another process is at this sweep already" in capfd.readouterr().err
@@ -425,6 +431,7 @@ def test_a_page_of_many_trials_is_what_mlflow_keeps(store):
             sweeps.record_trials(run, trials)
     page = run.tags["mlflow.note.content"]
     assert "The other trials are in report.md." in page
+    assert "On test_balanced, in percent" in page
     assert SIGNATURE.search(page)
     assert not MlflowClient().list_artifacts(run.run_id, "notes")
 

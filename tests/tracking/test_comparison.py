@@ -139,7 +139,7 @@ def test_every_cell_of_the_experts_table_is_what_the_runs_recorded():
     ]
     expected += [
         ("T (95 % interval)", temperatures, set()),
-        ("wall time of the run, minutes", ["10.0", "20.0", "30.0"], set()),
+        ("wall time of the run, pauses and all, minutes", ["10.0", "20.0", "30.0"], set()),
         ("of which training steps", ["1.5", "3.0", "4.5"], set()),
     ]
     assert comparison_report.expert_rows(MEMBERS) == expected
@@ -260,15 +260,36 @@ def test_other_targets_under_the_same_hash_are_refused():
         )
 
 
-def test_any_setting_can_be_what_differs_but_the_loss_and_where_images_lay():
-    names = [*Config.model_fields, "processor", "git.commit"]
+def test_any_setting_can_be_what_differs_but_those_that_explain_nothing():
+    names = [*Config.model_fields, "processor", "git.commit", "code_sha256"]
+    nothing = {"loss", "data_dir", "preflight", "register_as"}
+    knobs = {"tau", "beta", "gamma", "reweight_from"}
     first, second = (
-        dataclasses.replace(m, facts=dict.fromkeys(names, value))
+        dataclasses.replace(m, loss="ce", facts=dict.fromkeys(names, value))
         for m, value in zip(MEMBERS[:2], "ab", strict=True)
     )
-    expected = {name: ["a", "b"] for name in names if name not in ("loss", "data_dir")}
+    expected = {name: ["a", "b"] for name in names if name not in nothing | knobs}
     assert comparison.differences([first, second]) == expected
     assert comparison.differences([first, first]) == {}
+
+
+def test_a_knob_differs_among_losses_that_look_at_it():
+    losses = ("ce", "logit_adjust", "logit_adjust")
+    of = [
+        dataclasses.replace(MEMBERS[0], loss=loss, facts={"tau": tau, "gamma": tau})
+        for loss, tau in zip(losses, ("1", "1", "1.5"), strict=True)
+    ]
+    assert comparison.differences(of) == {"tau": ["-", "1", "1.5"]}
+    assert comparison.differences([of[0], of[2]]) == {}
+
+
+def test_code_and_machine_of_every_part_of_a_run_are_told():
+    tags = {"device": "cpu", "code_sha256": 64 * "a", "host": "x", "expert": "ce"}
+    later = {"resumed": "1", "resumed.git.commit": "c", "calibrated.device": "cuda"}
+    later["calibrated.code_sha256"] = 64 * "b"
+    expected = {"device": "cpu", "code_sha256": 12 * "a", **later}
+    expected["calibrated.code_sha256"] = 12 * "b"
+    assert comparison.where_trained(tags | later) == expected
 
 
 def test_pairs_are_held_against_each_other_by_their_predictions():

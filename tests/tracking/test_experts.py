@@ -54,6 +54,24 @@ def test_reliability_is_drawn_under_the_prior_of_the_split(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("later", "words"),
+    [
+        ({}, ""),
+        ({"resumed": "2"}, "; resumed 2 times"),
+        (
+            {"resumed": "1", "resumed.git.commit": 40 * "b", "resumed.device": "cuda"},
+            "; resumed once with device `cuda`, git.commit `bbbbbbbbbbbb`",
+        ),
+        ({"calibrated.torch": "2.11.0"}, "; calibrated with torch `2.11.0`"),
+    ],
+)
+def test_the_page_says_where_and_by_which_code_every_part_was_made(later, words):
+    tags = {"device": "cpu", "precision": "bf16", "git.commit": 40 * "a", "git.dirty": "true"}
+    begun = "- on cpu, bf16; commit `aaaaaaaaaaaa` with uncommitted changes"
+    assert experts.machine_and_commit(tags | later) == begun + words
+
+
+@pytest.mark.parametrize(
     ("class_counts", "is_uneven"),
     [([99, 80], False), ([15, 10], False), ([16, 10], True), ([3, 0], True)],
 )
@@ -83,3 +101,10 @@ def test_the_best_validation_is_held_against_the_first(monkeypatch):
     (check,) = [check for check in checks if check.what.startswith("best validation")]
     assert check.passed
     assert "first 20.00 %" in check.numbers
+
+
+def test_a_figure_of_val_lt_stands_with_its_number_of_images():
+    data = SimpleNamespace(size={"val_lt": 1072}.get)
+    metrics = {"best/epoch": 3, "best/val_balanced_accuracy": 0.25}
+    says = experts.which_checkpoint(metrics, data)
+    assert says == "the checkpoint of epoch 3, best on val_lt (25.00 % balanced, n = 1,072)"

@@ -10,11 +10,12 @@ from mlflow.exceptions import MlflowException
 from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts.cli import main
+from longtail_experts.data.locks import host_lock
 from longtail_experts.tracking import registry
 from longtail_experts.tracking.experts import recorded_config
 from longtail_experts.tracking.logits import SplitLogits, load_expert_logits
 from longtail_experts.tracking.registry import paired_difference, register
-from longtail_experts.tracking.runs import Run, host_lock
+from longtail_experts.tracking.runs import Run
 
 JUDGED_BY = "best/val_balanced_accuracy"
 
@@ -193,6 +194,10 @@ def test_a_registration_cut_off_is_done_by_asking_again(experts_copy, capsys, ag
     assert run.tags["registered_as"] == "experts/1"
     assert main(command) == 0
     assert "registered as" not in capsys.readouterr().out
+    MlflowClient().delete_registered_model("experts")
+    assert main(command) == 0
+    assert "registered as experts: version 1" in capsys.readouterr().out
+    assert MlflowClient().get_model_version_by_alias("experts", "champion").run_id == run.run_id
 
 
 def test_one_process_at_a_time_decides_who_is_champion(monkeypatch):

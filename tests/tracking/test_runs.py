@@ -22,6 +22,7 @@ from longtail_experts.tracking import patience, runs
 from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
 from longtail_experts.tracking.experts import children_of
 from longtail_experts.tracking.interrupts import Terminated
+from longtail_experts.tracking.processes import process_tags
 from longtail_experts.tracking.runs import (
     NOTE,
     Run,
@@ -193,6 +194,10 @@ def test_a_run_that_goes_on_by_now_is_not_reaped(store):
         assert run.status == "RUNNING"
     run.client.set_terminated(run.run_id, "FINISHED")
     assert "is FINISHED by now" in reap(run)
+    again = cut_off("a sweep")
+    again.set_tags(process_tags())  # it goes on, and claims its trials alone
+    assert "a process fills it again by now" in reap(again)
+    assert again.status == "RUNNING"
     assert run.status == "FINISHED"
 
 

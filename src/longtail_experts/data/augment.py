@@ -11,6 +11,7 @@ published long-tail results come from other code, PaCo's and BalPoE-CalibratedLT
   probabilities agree, but what a shear, a shift or a rotation uncovers is grey (128), with
   torchvision black; angles are positive, here of either sign; shears are bicubic, here of the
   nearest pixel; shifts are not cut to whole pixels, and solarize counts from 256 instead of 255.
+- They normalise CIFAR-100 by CIFAR-10's means and deviations, as LDAM's code does; here by its own.
 - They cut out before the normalisation: a black hole. Here it is 0 after it, the mean colour, as
   in DeVries and Taylor's paper and code.
 - Like them, and unlike Cubuk et al., whose own code runs the policy first, crop and flip come

@@ -10,11 +10,13 @@ not have the fingerprint it was stored with is rebuilt.
 """
 
 import hashlib
+import http.client
 import json
 import logging
 import os
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from longtail_experts.data.archives import read_npz
 log = logging.getLogger(__name__)
 
 SIZE = 32
+MOST_SYNTHETIC = 5_000  # generated images of a class: 1.8 GB in all
 MAX_ROWS = 60_000  # either CIFAR has 50,000 + 10,000
 MAX_UNPACKED = 2**30  # bytes of a parquet file's columns; CIFAR has 0.2 GB
 PARQUET_ROWS = 500  # decoded at a time
@@ -105,6 +108,11 @@ def load_images(
     to be fetched into a data_dir that holds none of it.
     """
     if source == "synthetic":
+        if (images_per_class or 0) > MOST_SYNTHETIC:
+            raise DataError(
+                f"images_per_class={images_per_class}: so many of 100 classes are not generated; "
+                f"at most {MOST_SYNTHETIC:,}"
+            )
         return synthetic_images(seed, images_per_class or CIFARS["cifar100"].largest)
     if not data_dir:
         raise DataError(f"data_dir={data_dir or 'none'}: source={source} needs a folder")
@@ -160,7 +168,7 @@ def cifar100_can_be_downloaded(seconds: float = 5.0) -> bool:
             with urllib.request.urlopen(request, timeout=seconds) as answer:
                 if answer.status == 200:
                     reached.set()
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):  # the last: an answer of no server
             pass
 
     thread = threading.Thread(target=probe, daemon=True)
@@ -183,13 +191,16 @@ def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
         try:
             halves = both(fetch=False)
         except RuntimeError:  # not there, or not of the right md5
-            if check_integrity(archive, dataset.tgz_md5):
-                halves = both(fetch=True)
-            elif download and not official_files_present(cifar, folder):
-                log.warning("downloading %s into %s (170 MB)", cifar.title, folder)
-                halves = both(fetch=True)
-            else:
-                raise
+            from longtail_experts.data.locks import host_lock  # for a download that is under way
+
+            with host_lock(f"data {folder.absolute()}"):
+                if check_integrity(archive, dataset.tgz_md5):
+                    halves = both(fetch=True)
+                elif download and not official_files_present(cifar, folder):
+                    log.warning("downloading %s into %s (170 MB)", cifar.title, folder)
+                    halves = both(fetch=True)
+                else:  # or another process has brought them meanwhile
+                    halves = both(fetch=False)
     except (OSError, RuntimeError, EOFError) as error:  # md5 mismatch, no network, bad archive
         says = first_line(error).replace(" You can use download=True to download it", "")
         remedy = ""
@@ -235,6 +246,14 @@ def _cifar_parquet(cifar: Cifar, folder: Path) -> ImageData:
         (train_images, train_labels, names), (test_images, test_labels, _) = (
             _read_parquet(cifar, paths) for paths in halves.values()
         )
+        counts = np.bincount(train_labels)
+        if counts.max() > cifar.largest:
+            c = int(counts.argmax())
+            raise DataError(
+                f"data_dir={folder}: class {c} ({names[c]}) has {counts[c]:,} training images, of "
+                f"{cifar.title}'s {cifar.largest:,}: files that hold the same are read as more; "
+                "keep one of each"
+            )
         return _image_data(
             train_images,
             train_labels,
@@ -513,11 +532,12 @@ def _sha256_of_files(paths: list[Path], folder: Path) -> str:
     return digest.hexdigest()
 
 
+OLD = 24 * 3600  # seconds
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def _cached(key: str, decode: Callable[[], ImageData]) -> ImageData:
-    folder = Path(os.environ.get("LONGTAIL_CACHE_DIR", ".cache"))
+    folder = Path(os.environ.get("LONGTAIL_CACHE_DIR") or ".cache")
     entry = folder / f"{key}.npz"
     images = _read_entry(entry)
     if images is None:
@@ -548,6 +568,9 @@ def _read_entry(entry: Path) -> ImageData | None:
 def _write_entry(entry: Path, images: ImageData) -> None:
     meta = {k: v for k, v in vars(images).items() if k not in ARRAYS}
     entry.parent.mkdir(parents=True, exist_ok=True)
+    for left in entry.parent.glob(f"{entry.name}.*.tmp.npz"):  # by a process that was killed
+        if left.stat().st_mtime < time.time() - OLD:
+            left.unlink(missing_ok=True)
     scratch = entry.with_name(f"{entry.name}.{os.getpid()}.tmp.npz")
     try:
         arrays = {name: getattr(images, name) for name in ARRAYS}

@@ -19,6 +19,7 @@ LDAM_WEIGHT_DECAY = 2e-4  # Cao et al. (NeurIPS 2019)
 FEW_IMAGES = 10  # of a class in the train split
 FEW_VALIDATIONS = 5
 LONG_TRAINING = 100_000  # images over all epochs; below it, a quick look
+MOST_IDENTICAL = 0.01  # of all images, with pixels that another split has too
 NEARLY_FULL = 0.8
 
 
@@ -331,6 +332,17 @@ def absent_classes_rule(num_absent: Mapping[str, int], num_classes: int) -> Find
         says = f"classes absent: {', '.join(missing)}; by design where the tail does not go round"
         return Finding("splits", value, "note", says)
     return Finding("splits", value, "ok")
+
+
+def identical_images_rule(groups: Iterable[Sequence[str]], num_images: int) -> Finding:
+    """groups: of images with the same pixels, each as "train 17 (calib)". CIFAR-100 has a handful
+    of them; more say that images are there twice, and that splits are not disjoint."""
+    spanning = sum(len({image.rpartition("(")[2] for image in group}) > 1 for group in groups)
+    value = f"{spanning} in several splits"
+    if spanning > MOST_IDENTICAL * num_images:
+        says = "what is fitted on is reported on: the same images are in more than one split"
+        return Finding("identical images", value, "warning", says)
+    return Finding("identical images", value, "ok")
 
 
 # --- the machine ------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     constants = {
         **scalars,
         "temperature_from": calibration.source,
+        **({"temperature_halves": calibration.halves} if calibration.halves else {}),
         "log_offset_is_exact": LOSSES[config.loss].is_exact,
         **{name: v.tolist() for name, v in vectors.items()},
     }
@@ -169,7 +170,7 @@ def fit(
     return Calibration(
         temperature._replace(at_bound=temperature.at_bound or crossed.at_bound),
         crossed.per_row,
-        "test_balanced, uniform prior, cross-fitted in two halves",
+        "test_balanced, uniform prior, all images",
         crossed.halves,
     )
 

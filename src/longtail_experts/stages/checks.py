@@ -52,7 +52,8 @@ def cheap_findings(config: Config, data: Dataset, places: Iterable[Path]) -> lis
 def config_findings(config: Config, data: Dataset) -> list[Finding]:
     """One for each field, in the order of the config."""
     steps_per_epoch, num_images = steps_an_epoch(config, data), data.size("train")
-    warmup = max(config.warmup_steps, config.warmup_epochs * steps_per_epoch)
+    # The last of `warmup_steps` has the whole rate, and so has the last of `warmup_epochs`.
+    warmup = max(config.warmup_steps, (config.warmup_epochs - 1) * steps_per_epoch + 1)
     falls_at = config.milestones if config.lr_schedule == "milestones" else ()
     found = [
         rules.loss_rule(config.loss, config.tau),
@@ -104,6 +105,9 @@ def data_findings(data: Dataset) -> list[Finding]:
     return [
         rules.few_images_rule(data.class_counts("train").tolist()),
         rules.absent_classes_rule(absent, data.num_classes),
+        rules.identical_images_rule(
+            data.manifest["identical_images"], sum(map(data.size, data.split_names))
+        ),
     ]
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from longtail_experts.config import shorten
+from longtail_experts.data.locks import host_lock
 from longtail_experts.data.sources import CIFARS, first_line
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.logits import ExpertLogits, read_logits, require_calibrated
-from longtail_experts.tracking.runs import Run, RunError, host_lock, launched_run, open_run
+from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,12 @@ def run(run_ids: list[str], out: Path) -> None:
         for split, values in half_precision_logits(expert).items():
             files[f"outputs/logits/{name}/{label}/{split}_logits.pt"] = values
         weights = read_checkpoint(run_, "final_calibrated")["model"]
+        if run_.params.get("shortcut") == "pad":
+            log.warning(
+                "run %s: shortcut=pad: its weights have no shortcut.*, which AR-GSE's network has; "
+                "logits are as ever",
+                run_.run_id,
+            )
         for kind, temperature in (("best", 1.0), ("final_calibrated", expert.temperature)):
             files[f"checkpoints/experts/{name}/{kind}_{label}.pth"] = {
                 **weights,

@@ -135,6 +135,12 @@ def points_of(sweep: Sweep) -> list[Point]:
             )
         if trained.setdefault((config.sha256, config.data_dir), point) is point:
             points.append(point)
+    ldam = any(point.config.subset_rule == "ldam" for point in points)
+    if ldam and len(sweep.grid.get("split_seed", ())) > 1:
+        raise ConfigError(
+            "grid: split_seed: subset_rule=ldam has the same training images at every split_seed; "
+            "vary seed, or give subset_rule: own"
+        )
     return points
 
 

@@ -63,7 +63,9 @@ def run(config: Config, data: Dataset) -> str:
             theory_finding(behaviour),
         ]
         pace, work, path = None, work_of_one(config, data), ""
+        rates = "Not computed: something is blocking."
         if not blocking(findings):
+            rates = schedule_section(run_, config, data)
             try:
                 pace, path = time_training(model, expert, data)
             except torch.OutOfMemoryError:
@@ -78,7 +80,7 @@ def run(config: Config, data: Dataset) -> str:
                 "Time": readiness.time_section(pace, work, config, data, path),
                 "Memory and disk": machine_section(memory, free, config, data, model),
                 "Losses before any training": readiness.loss_section(behaviour, data),
-                "Learning rate by epoch": schedule_section(run_, config, data),
+                "Learning rate by epoch": rates,
                 "Data": readiness.data_section(config, data),
                 "Configuration": readiness.findings_table(findings),
             },

@@ -101,7 +101,7 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
         experiment = sweeps.experiment_here()
         stack.enter_context(
             one_process(
-                f"sweep {experiment} {sweep_sha256}",
+                f"sweep {sweeps.store_address()} {experiment} {sweep_sha256}",
                 "another process is at this sweep already; wait for its end",
             )
         )
@@ -309,7 +309,7 @@ def environment_of_workers(threads: int) -> dict[str, str]:
     }
     return passed | {
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
-        "LONGTAIL_CACHE_DIR": os.path.abspath(os.environ.get("LONGTAIL_CACHE_DIR", ".cache")),
+        "LONGTAIL_CACHE_DIR": os.path.abspath(os.environ.get("LONGTAIL_CACHE_DIR") or ".cache"),
         "OMP_NUM_THREADS": str(threads),
     }
 

@@ -75,7 +75,7 @@ def _run(config: Config, data: Dataset, started: AbstractContextManager[Run]) ->
         if "training" not in run_.tags:
             train_expert(run_, config, data)
         if not is_calibrated(run_):
-            experts.describe_trained(run_, config)
+            experts.describe_trained(run_, config, data)
             print(f"next: {MLFLOW_RUN} -e calibrate -P run_id={run_.run_id}")
     return run_.run_id
 

@@ -42,8 +42,9 @@ WHERE_TRAINED = (
     "torch",
     "git.commit",
     "git.dirty",
+    "code_sha256",
 )
-NOT_A_DIFFERENCE = ("loss", "data_dir")
+NOT_A_DIFFERENCE = ("loss", "data_dir", "preflight", "register_as")
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,7 @@ def read_members(runs: Sequence[Run]) -> list[Member]:
                 run_name=run.name,
                 loss=config.loss,
                 metrics=run.metrics,
-                facts=config.as_text()
-                | {n: v for n, v in tag.items() if n in WHERE_TRAINED or n.startswith("resumed")},
+                facts=config.as_text() | where_trained(tag),
                 splits_sha256=run.params.get("splits_sha256", "unknown"),
                 pool_counts=pool_counts,
                 seconds=run.seconds,
@@ -357,8 +357,22 @@ def name_of_temperature(member: Member, split: str) -> str:
     return report.name_of_temperature(member.temperature_on(split)) + at_bound
 
 
+def where_trained(tags: Mapping[str, str]) -> dict[str, str]:
+    """Of a run's tags: on what, and by which code, it was trained and calibrated."""
+    later = ("resumed", "calibrated.")
+    found = {n: v for n, v in tags.items() if n in WHERE_TRAINED or n.startswith(later)}
+    return {n: v[:12] if n.endswith("code_sha256") else v for n, v in found.items()}
+
+
 def differences(members: Sequence[Member]) -> dict[str, list[str]]:
-    """Settings beside the loss that are not the same in all members: name -> value of each."""
-    names = dict.fromkeys(n for m in members for n in m.facts if n not in NOT_A_DIFFERENCE)
-    values = {name: [m.facts.get(name, "-") for m in members] for name in names}
-    return {name: of_each for name, of_each in values.items() if len(set(of_each)) > 1}
+    """Settings beside the loss that are not the same in all members: name -> value of each, "-"
+    where a loss does not look at it."""
+    found = {}
+    for name in dict.fromkeys(n for m in members for n in m.facts if n not in NOT_A_DIFFERENCE):
+        is_knob = any(name in knobs for knobs in KNOBS_OF.values())
+        looks = [not is_knob or name in KNOBS_OF[m.loss] for m in members]
+        values = [m.facts.get(name, "-") for m in members]
+        if len({value for value, is_seen in zip(values, looks, strict=True) if is_seen}) > 1:
+            pairs = zip(values, looks, strict=True)
+            found[name] = [value if is_seen else "-" for value, is_seen in pairs]
+    return found

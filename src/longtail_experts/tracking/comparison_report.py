@@ -123,7 +123,7 @@ def expert_rows(members: Sequence[Member], marks: bool = True) -> list[Row]:
     ]
     rows.append(Row("T (95 % interval)", intervals, set()))
     for name, seconds in (
-        ("wall time of the run, minutes", [m.seconds for m in members]),
+        ("wall time of the run, pauses and all, minutes", [m.seconds for m in members]),
         ("of which training steps", [m.training_seconds for m in members]),
     ):
         rows.append(row(name, [s / 60 for s in seconds], lambda v: f"{v:.1f}", None))
@@ -319,7 +319,8 @@ def record_comparison(
     """
     posthoc = {member.label: posthoc_of(member) for member in members}
     sections = described(members, result, posthoc)
-    title = f"Comparison of {len(members)} experts: {', '.join(m.label for m in members)}"
+    experts = "expert" if len(members) == 1 else "experts"
+    title = f"Comparison of {len(members)} {experts}: {', '.join(m.label for m in members)}"
     with tempfile.TemporaryDirectory() as scratch:
         drawn = pictures(members, result, posthoc, Path(scratch))
         for picture in drawn:

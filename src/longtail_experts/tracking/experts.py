@@ -348,11 +348,11 @@ def record_curves(run: Run, data: Dataset) -> None:
         draw(partial(figures.learning_curves, histories, num_images, best, path))
 
 
-def describe_trained(run: Run, config: Config) -> None:
+def describe_trained(run: Run, config: Config, data: Dataset) -> None:
     """The page of a run that `train` has finished and nothing has calibrated yet."""
     run.describe(
         f"{notice(config)}Trained under {config.loss}, not calibrated. The expert is "
-        f"{which_checkpoint(run.metrics)}.\n\n"
+        f"{which_checkpoint(run.metrics, data)}.\n\n"
         f"Next: `{MLFLOW_RUN} -e calibrate -P run_id={run.run_id}`"
     )
 
@@ -380,12 +380,13 @@ def uneven_notice(class_counts: Tensor) -> str:
     )
 
 
-def which_checkpoint(metrics: Mapping[str, float]) -> str:
+def which_checkpoint(metrics: Mapping[str, float], data: Dataset) -> str:
     if "best/epoch" not in metrics:
         return f"the last checkpoint, of epoch {int(metrics['epoch'])}; nothing was selected"
     return (
         f"the checkpoint of epoch {int(metrics['best/epoch'])}, best on val_lt "
-        f"({100 * metrics['best/val_balanced_accuracy']:.2f} % balanced)"
+        f"({100 * metrics['best/val_balanced_accuracy']:.2f} % balanced, n = "
+        f"{data.size('val_lt'):,})"
     )
 
 
@@ -509,7 +510,7 @@ def what_was_done(run: Run, config: Config, data: Dataset) -> str:
     return "\n".join(
         [
             f"- ResNet-32 ({config.shortcut} shortcut) under {config.loss}, "
-            f"{epochs} epochs; {which_checkpoint(metrics)}, gave everything above",
+            f"{epochs} epochs; {which_checkpoint(metrics, data)}, gave everything above",
             f"- protocol {config.protocol}: {subset}images: {images.source}, fingerprint "
             f"`{images.fingerprint[:12]}`, splits "
             f"`{data.splits.sha256[:12]}` ({sizes}); "
@@ -522,11 +523,19 @@ def what_was_done(run: Run, config: Config, data: Dataset) -> str:
 
 
 def machine_and_commit(tags: Mapping[str, str]) -> str:
-    return (
+    """Those of its start, and what was different where it was gone on with."""
+    words = (
         f"- on {tags.get('device')}, {tags.get('precision')}; commit "
         f"`{tags.get('git.commit', 'unknown')[:12]}`"
         f"{' with uncommitted changes' if tags.get('git.dirty') == 'true' else ''}"
     )
+    times = "once" if tags.get("resumed") == "1" else f"{tags.get('resumed')} times"
+    for stage, how in (("resumed", f"resumed {times}"), ("calibrated", "")):
+        later = {n: v for n, v in sorted(tags.items()) if n.startswith(f"{stage}.")}
+        if later or (how and stage in tags):
+            differing = [f"{n.removeprefix(f'{stage}.')} `{v[:12]}`" for n, v in later.items()]
+            words += f"; {' with '.join(filter(None, (how or stage, ', '.join(differing))))}"
+    return words
 
 
 def repeat_command(config: Config) -> str:

@@ -43,7 +43,7 @@ Point = tuple[str, float, int, int]  # name, value, optimiser step, milliseconds
 
 def local_folder(run_id: str) -> Path:
     """Where a run keeps what must survive until it is in the store."""
-    return Path(os.environ.get("LONGTAIL_CACHE_DIR", ".cache")).absolute() / "runs" / run_id
+    return Path(os.environ.get("LONGTAIL_CACHE_DIR") or ".cache").absolute() / "runs" / run_id
 
 
 class Recorder:

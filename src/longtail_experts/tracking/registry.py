@@ -8,10 +8,11 @@ import mlflow
 import numpy as np
 from mlflow.entities import LoggedModelStatus
 
+from longtail_experts.data.locks import host_lock
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.logits import SplitLogits, read_logits
-from longtail_experts.tracking.runs import Run, RunError, host_lock, open_run
+from longtail_experts.tracking.runs import Run, RunError, open_run
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,10 @@ def register(run: Run, name: str) -> None:
 
 def _register(run: Run, name: str) -> str | None:
     """What came of it, in words; nothing where the run was registered before."""
-    if run.tags.get("registered_as", "").rpartition("/")[0] == name:
-        return None
     client = run.client
     begun = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
+    if begun and run.tags.get("registered_as", "").rpartition("/")[0] == name:
+        return None  # where the model was deleted since, it is registered anew
     if begun:
         version = begun[0].version
     else:

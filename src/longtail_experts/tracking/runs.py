@@ -4,7 +4,6 @@ Nothing here sets a tracking URI or an experiment: a run goes where MLflow was t
 MLflow's own default, and `mlflow run` has already created the one that we are to fill.
 """
 
-import getpass
 import json
 import logging
 import math
@@ -28,13 +27,14 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils import name_utils
 
 from longtail_experts.config import MLFLOW_RUN
+from longtail_experts.data.locks import host_lock
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.patience import (
@@ -506,15 +506,6 @@ def one_process(what: str, else_: str) -> Iterator[None]:
         raise RunError(else_) from None
     with lock:
         yield
-
-
-def host_lock(what: str) -> FileLock:
-    """Held by one process of this host and user at a time."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        user = str(os.getuid())
-    return FileLock(Path(tempfile.gettempdir()) / f"longtail-experts-{user}-{digest(what)}.lock")
 
 
 def is_generated(run_name: str) -> bool:

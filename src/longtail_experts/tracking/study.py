@@ -29,7 +29,7 @@ from longtail_experts.learning.statistics import (
     paired_differences,
     within_interval,
 )
-from longtail_experts.tracking.comparison import WHERE_TRAINED
+from longtail_experts.tracking.comparison import where_trained
 from longtail_experts.tracking.runs import Run, RunError, open_run, store_to_read
 
 TRAINING, SPLITS_TOO = "training noise only", "splits and training"
@@ -106,8 +106,7 @@ class Trial:
     def facts(self) -> dict[str, str]:
         """What does not count as a difference, without where the images lay."""
         around = [name for name in NOT_A_DIFFERENCE if name != "data_dir"]
-        where = {n: v for n, v in self.tags.items() if n in WHERE_TRAINED or n.startswith("resume")}
-        return {n: self.fields[n] for n in around if n in self.fields} | where
+        return {n: self.fields[n] for n in around if n in self.fields} | where_trained(self.tags)
 
 
 @dataclass(frozen=True)

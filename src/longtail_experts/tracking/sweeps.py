@@ -195,6 +195,9 @@ def start_sweep_run(
     return start_run(name, {**tags, **git_tags()}, existing=existing)
 
 
+UNITS = "On test_balanced, in percent: accuracies (means over classes) and the calibrated ECE."
+
+
 def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
     """trials.json: every trial with its fields, state and run id, for programs; report.md and the
     description: the same with figures and links, for people."""
@@ -219,7 +222,7 @@ def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
         notes.insert(0, "found: finished in the store before this sweep, and not repeated")
     listed = "\n".join(f"- {note}" for note in notes)
     notice = f"{SYNTHETIC_NOTICE}\n\n" if parent.tags.get("demo") == "true" else ""
-    title = f"{notice}## {len(trials)} trials: {counts(trials)}"
+    title = f"{notice}## {len(trials)} trials: {counts(trials)}\n\n{UNITS}"
     text = "\n\n".join([title, report.table(header, rows, text_columns), listed]).rstrip()
     parent.write_text("report.md", text + "\n")
     shown = len(rows)  # as many as MLflow keeps
