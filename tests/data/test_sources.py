@@ -769,20 +769,19 @@ def test_a_download_under_way_is_waited_for(data_dir, monkeypatch):
     trust(monkeypatch, files)
     archive = data_dir / "cifar-100-python.tar.gz"
     archive.write_bytes(b"half")
-    acquired = []
+    other = locks.host_lock(f"data {data_dir.absolute()}").acquire()
 
-    class Lock:
-        def __enter__(self):  # the other one has come to its end
-            acquired.append(archive.exists())
-            archive.unlink()
-            write_official(data_dir, **files)
+    def end(message: str, *values) -> None:
+        said.append(message % values)
+        archive.unlink()
+        write_official(data_dir, **files)
+        other.lock.release()
 
-        def __exit__(self, *error):
-            return None
-
-    monkeypatch.setattr(locks, "host_lock", lambda what: Lock())
+    said: list[str] = []
+    monkeypatch.setattr(locks.log, "warning", end)
     assert_is_the_content(load_images("cifar100", str(data_dir), download=True))
-    assert acquired == [True]
+    assert said == [f"another process fetches CIFAR-100 into {data_dir}: waiting for its end"]
+    assert locks.host_lock(f"data {data_dir.absolute()}").acquire(timeout=0)
 
 
 def test_failed_download_is_a_data_error(data_dir):

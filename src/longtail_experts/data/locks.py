@@ -2,11 +2,16 @@
 
 import getpass
 import hashlib
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
 
 
 def host_lock(what: str) -> FileLock:
@@ -17,3 +22,19 @@ def host_lock(what: str) -> FileLock:
         user = str(os.getuid())
     digest = hashlib.sha256(what.encode()).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"longtail-experts-{user}-{digest}.lock")
+
+
+@contextmanager
+def in_turn(what: str, waiting: str, seconds: float = 1.0) -> Iterator[None]:
+    """In here one process of this host and user is at a time; `waiting` is said where another one
+    keeps this one waiting."""
+    lock = host_lock(what)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        log.warning(waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

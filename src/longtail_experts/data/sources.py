@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -191,9 +192,10 @@ def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
         try:
             halves = both(fetch=False)
         except RuntimeError:  # not there, or not of the right md5
-            from longtail_experts.data.locks import host_lock  # for a download that is under way
+            from longtail_experts.data.locks import in_turn
 
-            with host_lock(f"data {folder.absolute()}"):
+            waiting = f"another process fetches {cifar.title} into {folder}: waiting for its end"
+            with in_turn(f"data {folder.absolute()}", waiting):
                 if check_integrity(archive, dataset.tgz_md5):
                     halves = both(fetch=True)
                 elif download and not official_files_present(cifar, folder):
@@ -569,8 +571,9 @@ def _write_entry(entry: Path, images: ImageData) -> None:
     meta = {k: v for k, v in vars(images).items() if k not in ARRAYS}
     entry.parent.mkdir(parents=True, exist_ok=True)
     for left in entry.parent.glob(f"{entry.name}.*.tmp.npz"):  # by a process that was killed
-        if left.stat().st_mtime < time.time() - OLD:
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process removes it too
+            if left.stat().st_mtime < time.time() - OLD:
+                left.unlink()
     scratch = entry.with_name(f"{entry.name}.{os.getpid()}.tmp.npz")
     try:
         arrays = {name: getattr(images, name) for name in ARRAYS}

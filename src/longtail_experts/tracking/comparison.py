@@ -370,7 +370,7 @@ def differences(members: Sequence[Member]) -> dict[str, list[str]]:
     found = {}
     for name in dict.fromkeys(n for m in members for n in m.facts if n not in NOT_A_DIFFERENCE):
         is_knob = any(name in knobs for knobs in KNOBS_OF.values())
-        looks = [not is_knob or name in KNOBS_OF[m.loss] for m in members]
+        looks = [not is_knob or name in KNOBS_OF.get(m.loss, (name,)) for m in members]
         values = [m.facts.get(name, "-") for m in members]
         if len({value for value, is_seen in zip(values, looks, strict=True) if is_seen}) > 1:
             pairs = zip(values, looks, strict=True)
