@@ -9,11 +9,12 @@ the most over shapes and seeds: of batch norm, what is added to it and ReLU, and
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtail_experts.learning.compiled import compile_layers
 from longtail_experts.learning.compiled_norm import VALUES
@@ -42,7 +43,7 @@ def a_conv(draw: partial[Tensor], channels: int, passes: bool) -> Conv:
 
 
 def apart(
-    dtype: torch.dtype, shapes: tuple, made: partial, adds: bool, compiled: bool
+    dtype: torch.dtype, shapes: tuple, made: Callable[..., nn.Module], adds: bool, compiled: bool
 ) -> dict[str, float]:
     worst: dict[str, float] = {}
     for shape, flag, seed in product(shapes, (True, False), SEEDS):

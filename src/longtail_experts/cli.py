@@ -259,9 +259,8 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         name = unknown[0].split("=")[0].lstrip("-")
         if not unknown[0].startswith("-"):
             raise ConfigError(f"{shorten(unknown[0])!r}: fields are given as --name value")
-        own = OWN_PARAMETERS.get(
-            entry_point, ("config", "resume")[: 1 + (entry_point in RESUMABLE)]
-        )
+        own = [*OWN_PARAMETERS.get(entry_point, ("config",))]
+        own += ["resume"] * (entry_point in RESUMABLE)
         raise ConfigError(
             f"unknown field {shorten(name)!r}{nearest(name, [*own, *_config_fields(entry_point)])}"
         )

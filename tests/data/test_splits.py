@@ -23,6 +23,7 @@ from longtail_experts.data.splits import (
     lt_test_counts,
     make_splits,
     manifest,
+    num_in_several_splits,
     split_images,
 )
 
@@ -492,6 +493,15 @@ def test_duplicates_across_train_and_test_are_one_group():
     assert manifest(splits, images)["identical_images"] == [
         [f"train {i} (tuneV)", f"test {v} (val_lt)"]
     ]
+
+
+def test_groups_that_lie_in_several_splits_are_counted():
+    within, across = (
+        ["train 1 (train)", "train 2 (train)"],
+        ["train 1 (train)", "train 2 (calib)", "test 3 (val_lt)"],
+    )
+    assert num_in_several_splits([]) == num_in_several_splits([within]) == 0
+    assert num_in_several_splits([across, within, across]) == 2
 
 
 def test_duplicates_outside_the_splits_are_not_reported():

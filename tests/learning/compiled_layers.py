@@ -1,6 +1,7 @@
 """What tests of layers in C++ share."""
 
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,6 +21,17 @@ def draw(
     random = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=random) * std + mean
     return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def assert_same_bits_for_any_number_of_threads(layer: Callable[[], nn.Module], *inputs: Tensor):
+    """Of a new `layer` for each."""
+    outcomes = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outcomes.append(outcome(layer(), *inputs))
+    torch.set_num_threads(1)
+    for other in outcomes[1:]:
+        assert all(torch.equal(other[name], values) for name, values in outcomes[0].items())
 
 
 def outcome(layer: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,15 @@
 """Convolutions in C++ equal PyTorch's, forward and backward, but for rounding."""
 
+from functools import partial
+
 import pytest
 import torch
-from learning.compiled_layers import draw, needs_compiler, outcome
+from learning.compiled_layers import (
+    assert_same_bits_for_any_number_of_threads,
+    draw,
+    needs_compiler,
+    outcome,
+)
 from torch.nn import functional as F
 
 from longtail_experts.learning import compiler
@@ -63,13 +70,7 @@ def test_a_filter_of_one_tap_moves_the_image(channels, tap):
 
 def test_the_same_bits_for_any_number_of_threads():
     inputs = draw(37, 32, 18, 10, dtype=FLOAT)
-    outcomes = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        outcomes.append(outcome(a_conv(32, passes=True), inputs))
-    torch.set_num_threads(1)
-    for other in outcomes[1:]:
-        assert all(torch.equal(other[name], values) for name, values in outcomes[0].items())
+    assert_same_bits_for_any_number_of_threads(partial(a_conv, 32, passes=True), inputs)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

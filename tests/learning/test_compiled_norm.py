@@ -4,7 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from learning.compiled_layers import BF16, draw, needs_compiler, outcome
+from learning.compiled_layers import (
+    BF16,
+    assert_same_bits_for_any_number_of_threads,
+    draw,
+    needs_compiler,
+    outcome,
+)
 
 from longtail_experts.learning.compiled_norm import VALUES, compiled_norm
 from longtail_experts.learning.fused import how_far_from_float64
@@ -66,13 +72,7 @@ def test_variance_of_values_far_from_zero(dtype, first_pixel):
 @pytest.mark.parametrize("dtype", VALUES, ids=str)
 def test_the_same_bits_for_any_number_of_threads(dtype):
     inputs = [draw(37, 16, 19, 19, seed=seed, dtype=dtype) for seed in (1, 2)]
-    outcomes = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        outcomes.append(outcome(a_norm(16, dtype=dtype), *inputs))
-    torch.set_num_threads(1)
-    for other in outcomes[1:]:
-        assert all(torch.equal(other[name], values) for name, values in outcomes[0].items())
+    assert_same_bits_for_any_number_of_threads(partial(a_norm, 16, dtype=dtype), *inputs)
 
 
 @needs_compiler

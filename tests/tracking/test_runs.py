@@ -196,7 +196,7 @@ def test_a_run_that_goes_on_by_now_is_not_reaped(store):
     assert "is FINISHED by now" in reap(run)
     again = cut_off("a sweep")
     again.set_tags(process_tags())  # it goes on, and claims its trials alone
-    assert "a process fills it again by now" in reap(again)
+    assert f"left RUNNING: run {again.run_id}: process {os.getpid()} of this host" in reap(again)
     assert again.status == "RUNNING"
     assert run.status == "FINISHED"
 

@@ -36,6 +36,11 @@ class Dataset:
     def split_names(self) -> tuple[str, ...]:
         return self.splits.names
 
+    @property
+    def num_rows(self) -> int:
+        """Of all splits; an image of test_lt is in test_balanced too."""
+        return sum(map(self.size, self.split_names))
+
     def size(self, split: str) -> int:
         return len(self.splits.indices[split])
 

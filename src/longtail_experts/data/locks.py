@@ -25,12 +25,12 @@ def host_lock(what: str) -> FileLock:
 
 
 @contextmanager
-def in_turn(what: str, waiting: str, seconds: float = 1.0) -> Iterator[None]:
+def in_turn(what: str, waiting: str) -> Iterator[None]:
     """In here one process of this host and user is at a time; `waiting` is said where another one
     keeps this one waiting."""
     lock = host_lock(what)
     try:
-        lock.acquire(timeout=seconds)
+        lock.acquire(timeout=1)
     except Timeout:
         log.warning(waiting)
         lock.acquire()

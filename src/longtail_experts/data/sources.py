@@ -192,7 +192,7 @@ def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
         try:
             halves = both(fetch=False)
         except RuntimeError:  # not there, or not of the right md5
-            from longtail_experts.data.locks import in_turn
+            from longtail_experts.data.locks import in_turn  # filelock may be missing elsewhere
 
             waiting = f"another process fetches {cifar.title} into {folder}: waiting for its end"
             with in_turn(f"data {folder.absolute()}", waiting):

@@ -7,6 +7,7 @@ on every machine and under every version.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,6 +249,11 @@ def identical_images(splits: Splits, images: ImageData) -> list[list[str]]:
             digest = hashlib.blake2b(pixels[i].tobytes(), digest_size=16).digest()
             seen.setdefault(digest, []).append(f"{half} {i} ({name})")
     return [group for group in seen.values() if len(group) > 1]
+
+
+def num_in_several_splits(identical: Iterable[Iterable[str]]) -> int:
+    """How many groups of `identical_images` lie in more than one split."""
+    return sum(len({image.rpartition("(")[2] for image in group}) > 1 for group in identical)
 
 
 def manifest(splits: Splits, images: ImageData) -> dict[str, Any]:

@@ -14,7 +14,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <type_traits>
+
+#include "channels.h"
 
 namespace {
 
@@ -316,13 +317,6 @@ void weigh(const float* x, const float* dy, float* dweight, Images images, int t
             }
         }
     }
-}
-
-template <typename Call>
-void for_channels(int channels, const Call& call) {
-    if (channels == 16) call(std::integral_constant<int, 16>{});
-    if (channels == 32) call(std::integral_constant<int, 32>{});
-    if (channels == 64) call(std::integral_constant<int, 64>{});
 }
 
 }  // namespace

@@ -13,7 +13,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
+
+#include "channels.h"
 
 namespace {
 
@@ -177,13 +178,6 @@ void differentiate(const Value* dy, const Value* x, const Value* y, Value* dx, V
             put(d * affine.scale[c] + value * of_x[c] + constant[c], out[c]);
         }
     });
-}
-
-template <typename Call>
-void for_channels(int channels, const Call& call) {
-    if (channels == 16) call(std::integral_constant<int, 16>{});
-    if (channels == 32) call(std::integral_constant<int, 32>{});
-    if (channels == 64) call(std::integral_constant<int, 64>{});
 }
 
 }  // namespace

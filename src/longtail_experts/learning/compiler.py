@@ -13,6 +13,7 @@ from torch import Tensor
 COMPILER = "c++"  # unless the environment names another, as CXX
 # CXX may bring -ffast-math: PyTorch's own numbers below 1e-38 would become 0 in this process.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-fno-trapping-math", "-fopenmp")
+HEADERS = Path(__file__).parent
 COMPILER_SECONDS = 120  # that it may take
 OPENMP = ("libgomp", "libiomp", "libomp")  # its libraries
 
@@ -29,7 +30,17 @@ def compiled(source: Path, *options: str) -> ctypes.CDLL:
         path = Path(folder, f"{source.stem}.so")
         try:
             made = subprocess.run(
-                [*compiler, *FLAGS, *options, "-shared", "-fPIC", source, "-o", path],
+                [
+                    *compiler,
+                    *FLAGS,
+                    *options,
+                    f"-I{HEADERS}",
+                    "-shared",
+                    "-fPIC",
+                    source,
+                    "-o",
+                    path,
+                ],
                 check=False,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
+from longtail_experts.data.splits import num_in_several_splits
 from longtail_experts.learning import rules
 from longtail_experts.learning.resnet import ResNet32, num_parameters
 from longtail_experts.learning.rules import Finding, blocking
@@ -106,7 +107,7 @@ def data_findings(data: Dataset) -> list[Finding]:
         rules.few_images_rule(data.class_counts("train").tolist()),
         rules.absent_classes_rule(absent, data.num_classes),
         rules.identical_images_rule(
-            data.manifest["identical_images"], sum(map(data.size, data.split_names))
+            num_in_several_splits(data.manifest["identical_images"]), data.num_rows
         ),
     ]
 
@@ -116,7 +117,7 @@ def disk_finding(config: Config, data: Dataset, places: Iterable[Path]) -> Findi
     fullest = min(places, key=free_bytes)
     needed = num_experts(config) * experts.output_bytes(
         num_parameters(ResNet32(data.num_classes, config.shortcut)),
-        sum(data.size(split) for split in data.split_names),
+        data.num_rows,
         data.num_classes,
         config.epochs,
     )

@@ -21,7 +21,7 @@ from longtail_experts.config import (
     shorten,
     to_text,
 )
-from longtail_experts.tracking.study import unused_fields
+from longtail_experts.tracking.comparison import unused_fields
 
 MOST_TRIALS = 10_000
 Whole = Annotated[int, Field(ge=1, le=100_000, strict=True)]

@@ -139,13 +139,12 @@ def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace
 def machine_section(
     memory: TrainingMemory, free: int, config: Config, data: Dataset, model: nn.Module
 ) -> str:
-    num_rows = sum(data.size(split) for split in data.split_names)
     parameters = num_parameters(model)
     output = {
-        "logits of all splits": experts.logit_bytes(num_rows, data.num_classes),
+        "logits of all splits": experts.logit_bytes(data.num_rows, data.num_classes),
         "checkpoints": experts.checkpoint_bytes(parameters),
         "room taken while it runs": experts.output_bytes(
-            parameters, num_rows, data.num_classes, config.epochs
+            parameters, data.num_rows, data.num_classes, config.epochs
         ),
     }
     return readiness.machine_section(memory, free, output, config)

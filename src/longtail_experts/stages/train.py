@@ -129,8 +129,9 @@ def record_beginning(
     lr_of: Callable[[int], float],
 ) -> None:
     """All that is known before the first step, after a look at the disk."""
-    num_rows = sum(data.size(split) for split in data.split_names)
-    needed = experts.output_bytes(num_parameters(model), num_rows, data.num_classes, config.epochs)
+    needed = experts.output_bytes(
+        num_parameters(model), data.num_rows, data.num_classes, config.epochs
+    )
     require_room(run_, recorder.folder, needed)
     experts.record_inputs(run_, config, data, num_parameters(model))
     experts.record_schedule(run_, config.epochs, steps_an_epoch(config, data), lr_of)

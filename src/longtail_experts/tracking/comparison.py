@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlflow
@@ -45,6 +45,7 @@ WHERE_TRAINED = (
     "code_sha256",
 )
 NOT_A_DIFFERENCE = ("loss", "data_dir", "preflight", "register_as")
+KNOBS = tuple(dict.fromkeys(knob for knobs in KNOBS_OF.values() for knob in knobs))
 
 
 @dataclass(frozen=True)
@@ -367,12 +368,31 @@ def where_trained(tags: Mapping[str, str]) -> dict[str, str]:
 def differences(members: Sequence[Member]) -> dict[str, list[str]]:
     """Settings beside the loss that are not the same in all members: name -> value of each, "-"
     where a loss does not look at it."""
-    found = {}
-    for name in dict.fromkeys(n for m in members for n in m.facts if n not in NOT_A_DIFFERENCE):
-        is_knob = any(name in knobs for knobs in KNOBS_OF.values())
-        looks = [not is_knob or name in KNOBS_OF.get(m.loss, (name,)) for m in members]
-        values = [m.facts.get(name, "-") for m in members]
-        if len({value for value, is_seen in zip(values, looks, strict=True) if is_seen}) > 1:
-            pairs = zip(values, looks, strict=True)
-            found[name] = [value if is_seen else "-" for value, is_seen in pairs]
-    return found
+    without = [
+        {*NOT_A_DIFFERENCE, *unused_fields(m.loss, m.facts.get("imbalance_profile", ""))}
+        for m in members
+    ]
+    seen = [
+        {n: v for n, v in m.facts.items() if n not in fields}
+        for m, fields in zip(members, without, strict=True)
+    ]
+    return that_differ(seen, dict.fromkeys(name for one in seen for name in one))
+
+
+def unused_fields(loss: str, imbalance_profile: str) -> set[str]:
+    """Fields that a training does not look at: it is the same at any value of them."""
+    unused = set(KNOBS) - set(KNOBS_OF.get(loss, KNOBS))  # an unknown loss may have any knob
+    return unused | ({"imbalance_factor"} if imbalance_profile == "natural" else set())
+
+
+def that_differ(
+    settings: Sequence[Mapping[str, str]], names: Iterable[str]
+) -> dict[str, list[str]]:
+    """Of the names, those that are not the same everywhere, a knob among the losses that have it:
+    name -> value in each of `settings`."""
+    values = {name: [one.get(name, "-") for one in settings] for name in names}
+    return {
+        name: of_each
+        for name, of_each in values.items()
+        if len({v for v in of_each if v != "-" or name not in KNOBS}) > 1
+    }

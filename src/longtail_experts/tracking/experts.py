@@ -529,13 +529,17 @@ def machine_and_commit(tags: Mapping[str, str]) -> str:
         f"`{tags.get('git.commit', 'unknown')[:12]}`"
         f"{' with uncommitted changes' if tags.get('git.dirty') == 'true' else ''}"
     )
-    times = "once" if tags.get("resumed") == "1" else f"{tags.get('resumed')} times"
-    for stage, how in (("resumed", f"resumed {times}"), ("calibrated", "")):
-        later = {n: v for n, v in sorted(tags.items()) if n.startswith(f"{stage}.")}
-        if later or (how and stage in tags):
-            differing = [f"{n.removeprefix(f'{stage}.')} `{v[:12]}`" for n, v in later.items()]
-            words += f"; {' with '.join(filter(None, (how or stage, ', '.join(differing))))}"
-    return words
+    if count := tags.get("resumed"):
+        words += f"; resumed {'once' if count == '1' else f'{count} times'}{later('resumed', tags)}"
+    calibrated = later("calibrated", tags)
+    return f"{words}; calibrated{calibrated}" if calibrated else words
+
+
+def later(stage: str, tags: Mapping[str, str]) -> str:
+    """What tags say was different when the stage went on."""
+    names = sorted(name for name in tags if name.startswith(f"{stage}."))
+    told = ", ".join(f"{name.removeprefix(f'{stage}.')} `{tags[name][:12]}`" for name in names)
+    return f" with {told}" if told else ""
 
 
 def repeat_command(config: Config) -> str:

@@ -14,6 +14,7 @@ DECIDES_FIGURES = (
     "data/*.py",
     "learning/*.py",
     "learning/*.cpp",
+    "learning/*.h",
     "stages/inputs.py",
     "stages/train.py",
     "stages/calibrate.py",

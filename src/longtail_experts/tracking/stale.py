@@ -119,8 +119,7 @@ def reap(run: Run) -> str:
         with claimed(run):
             if run.status != "RUNNING":
                 return f"run {run.run_id}: is {run.status} by now"
-            if is_alive(run.tags):  # a sweep that goes on, which claims its trials alone
-                return f"run {run.run_id}: a process fills it again by now"
+            require_no_process(run)  # of a sweep that goes on: it claims its trials alone
             delivered = deliver_left_over(run)
             status = "FINISHED" if is_complete(run) else "FAILED"
             run.client.set_terminated(run.run_id, status)

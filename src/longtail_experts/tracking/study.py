@@ -29,7 +29,12 @@ from longtail_experts.learning.statistics import (
     paired_differences,
     within_interval,
 )
-from longtail_experts.tracking.comparison import where_trained
+from longtail_experts.tracking.comparison import (
+    KNOBS,
+    that_differ,
+    unused_fields,
+    where_trained,
+)
 from longtail_experts.tracking.runs import Run, RunError, open_run, store_to_read
 
 TRAINING, SPLITS_TOO = "training noise only", "splits and training"
@@ -55,17 +60,10 @@ SPLITS_FOLLOW_FROM = (
     "subset_rule",
     "split_seed",
 )
-KNOBS = tuple(dict.fromkeys(knob for knobs in KNOBS_OF.values() for knob in knobs))
 SHORT = {"imbalance_factor": "IF", "imbalance_profile": "profile"}
 IN_LABELS = (*KNOBS, "source", "imbalance_profile", "imbalance_factor", "protocol", "epochs")
 
 Key = tuple[str, str]  # (splits_sha256, seed)
-
-
-def unused_fields(loss: str, imbalance_profile: str) -> set[str]:
-    """Fields that a training does not look at: it is the same at any value of them."""
-    unused = set(KNOBS) - set(KNOBS_OF.get(loss, KNOBS))  # an unknown loss may have any knob
-    return unused | ({"imbalance_factor"} if imbalance_profile == "natural" else set())
 
 
 @dataclass(frozen=True)
@@ -388,13 +386,8 @@ def labels_of(settings: Sequence[Mapping[str, str]]) -> list[str]:
 def differing_settings(study: Study) -> dict[str, list[str]]:
     """Settings beside the loss that are not the same in all groups that have them: name -> value
     of each group."""
-    names = all_fields(group.settings for group in study.groups)
-    values = {name: [g.settings.get(name, "-") for g in study.groups] for name in names}
-    return {
-        name: of_each
-        for name, of_each in values.items()
-        if len({v for v in of_each if v != "-" or name not in KNOBS}) > 1
-    }
+    settings = [group.settings for group in study.groups]
+    return that_differ(settings, all_fields(settings))
 
 
 def differing_facts(study: Study) -> dict[str, Counter]:

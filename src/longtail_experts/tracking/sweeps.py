@@ -33,6 +33,7 @@ STATES = ("finished", "found", "running", "waiting", "stopped", "failed")
 PATIENCE_WITH_A_PROCESS = 60.0  # seconds for which one that must be ending is waited for
 RECIPE_EPOCHS = "recipe_epochs"  # a tag: full_epochs, when the sweep began
 FIGURES = ("balanced", "head", "tail", "adjusted balanced")
+UNITS = "On test_balanced, in percent: accuracies (means over classes) and the calibrated ECE."
 
 
 @dataclass
@@ -193,9 +194,6 @@ def start_sweep_run(
         tags["resumed"] = str(int(existing.tags.get("resumed", "0")) + 1)
     name = f"DEMO {name}"[:200] if synthetic else name[:200]
     return start_run(name, {**tags, **git_tags()}, existing=existing)
-
-
-UNITS = "On test_balanced, in percent: accuracies (means over classes) and the calibrated ECE."
 
 
 def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
