@@ -345,13 +345,15 @@ def _on_config(entry_point: str, config: Config) -> int:
     if entry_point != "preflight" and not (entry_point == "main" and config.preflight):
         warn_about(config)  # what preflight says, and more
     from longtail_experts.data.sources import DataError
-    from longtail_experts.stages.inputs import load_dataset, resolve
+    from longtail_experts.stages.inputs import load_dataset, prepare, resolve
 
     config = resolve(config)
     try:
         data = load_dataset(config)
     except DataError as error:
         return _complain(error, 2)
+    if entry_point != "data":  # the others take steps
+        prepare(config, data)  # while the rest is imported, and the store opened
     # The store is opened only now, when config and images are known to be good.
     from longtail_experts.stages import data as data_stage
     from longtail_experts.stages import main as main_stage

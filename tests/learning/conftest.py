@@ -32,6 +32,7 @@ def compiles_anew(monkeypatch):
 
 
 def forget_what_is_compiled() -> None:
-    caches = (compiler.compiled, compiler._openmp_libraries_at_first, compiled_module._why_not)
-    for cache in (*caches, norm_module._library, conv_module._library):
+    caches = (compiler.compiled, compiler._begun, compiler._openmp_libraries_at_first)
+    caches += (compiled_module._why_not, norm_module._library, conv_module._library)
+    for cache in caches:
         cache.cache_clear()

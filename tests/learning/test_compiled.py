@@ -1,8 +1,12 @@
 """Which layers of a network are compiled for a CPU, and what a training makes of them."""
 
 import copy
+import os
+import shlex
+import subprocess
 import sys
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,7 @@ from longtail_experts.learning.step import (
     COMPILE_REPAID_AFTER,
     DTYPES,
     TrainState,
+    prepare_training,
     start_training,
     train_step,
 )
@@ -171,6 +176,71 @@ def test_with_a_compiler_that_hangs(compiles_anew, monkeypatch):
     monkeypatch.setattr(compiler, "COMPILER_SECONDS", 0.5)
     monkeypatch.setenv("CXX", f"{sys.executable} -c 'import time; time.sleep(60)'")
     assert refusal().endswith("timed out after 0.5 seconds")
+
+
+@needs_compiler
+def test_what_is_compiled_ahead_is_not_compiled_again(compiles_anew, monkeypatch, tmp_path):
+    log, compiler = tmp_path / "log", tmp_path / "compiler.py"
+    compiler.write_text(
+        "import os, sys\n"
+        f"open({str(log)!r}, 'a').write(sys.argv[-3] + '\\n')\n"
+        "os.execvp('c++', ['c++', *sys.argv[1:]])\n"
+    )
+    monkeypatch.setenv("CXX", f"{sys.executable} {compiler}")
+    how = {"planned_images": COMPILE_REPAID_AFTER["fp32"], "precision": "fp32"}
+    prepare_training(**how, device="cuda", fast=True)
+    prepare_training(**how, device="cpu", fast=False)
+    assert not compiled_sources(log)
+    prepare_training(**how, device="cpu", fast=True)
+    assert start(**how).path == "compiled"
+    assert compiled_sources(log) == ["compiled_conv.cpp", "compiled_norm.cpp"]
+
+
+def compiled_sources(log: Path) -> list[str]:
+    return sorted(Path(line).name for line in log.read_text().split()) if log.exists() else []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX says which processes there are")
+def test_what_is_compiled_ahead_and_not_needed_ends_with_the_process(tmp_path):
+    """A run that is refused meanwhile leaves nothing behind, and waits for nothing."""
+    room, number = tmp_path / "room", tmp_path / "number"
+    room.mkdir()
+    compiler = f"import os, time; open({str(number)!r}, 'w').write(f'{{os.getpid()}}\\n')"
+    program = (
+        "import time\n"
+        "from pathlib import Path\n"
+        "from longtail_experts.learning.compiler import compile_ahead\n"
+        "compile_ahead(Path('x.cpp'))\n"
+        f"while not Path({str(number)!r}).exists() or not Path({str(number)!r}).read_text():\n"
+        "    time.sleep(0.05)\n"
+    )
+    how = {"CXX": shlex.join([sys.executable, "-c", f"{compiler}; time.sleep(600)"])}
+    run_program(program, {**how, "TMPDIR": str(room)})
+    assert not list(room.iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
+
+
+def test_a_compiler_that_is_missing_is_not_missed_ahead(tmp_path):
+    program = (
+        "from pathlib import Path\n"
+        "from longtail_experts.learning.compiler import compile_ahead\n"
+        "compile_ahead(Path('x.cpp'))\n"
+    )
+    run_program(program, {"CXX": "no-such-compiler", "TMPDIR": str(tmp_path)})
+    assert not list(tmp_path.iterdir())
+
+
+def run_program(program: str, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stderr == ""
 
 
 @needs_compiler

@@ -17,6 +17,8 @@ from longtail_experts.learning import step as steps
 from longtail_experts.learning.calibration import Temperature, fit_temperature
 from longtail_experts.learning.losses import LOSSES, Knobs
 from longtail_experts.stages import calibrate, train
+from longtail_experts.stages import data as data_stage
+from longtail_experts.stages import main as main_stage
 from longtail_experts.stages import sweep as sweep_stage
 from longtail_experts.stages.grid import Point
 from longtail_experts.stages.inputs import for_one_expert, load_dataset, log_offset_of
@@ -40,6 +42,22 @@ def test_every_step_is_drawn_and_taken_as_the_config_says(store, tiny_arguments,
     rates = [0.025 * min(1, (s + 1) / 4) * (0.1 if s >= 8 else 1) for s in range(16)]
     assert [rate for rate, _ in taken] == pytest.approx(rates)
     assert {precision for _, precision in taken} == {"bf16"}
+
+
+@pytest.mark.parametrize(("entry", "begins"), [("main", True), ("train", True), ("data", False)])
+def test_layers_are_compiled_while_the_store_is_opened(
+    entry, begins, store, tiny_arguments, monkeypatch
+):
+    """For a training that is long enough, of 63 images an epoch, before the stage begins."""
+    begun = []
+    monkeypatch.setattr(steps, "compile_layers_ahead", begun.append)
+    module = {"main": main_stage, "train": train, "data": data_stage}[entry]
+    monkeypatch.setattr(module, "run", lambda config, data: f"after {begun}")
+    asked = {"epochs": 48, "precision": "fp32", "loss": "ce"}
+    assert main([entry, *tiny_arguments, *arguments_of(asked)]) == 0
+    assert begun == [torch.float32] * begins
+    assert main([entry, *tiny_arguments, *arguments_of({**asked, "epochs": 47})]) == 0
+    assert begun == [torch.float32] * begins
 
 
 def test_checkpoints_are_after_every_so_many_epochs_and_the_last(

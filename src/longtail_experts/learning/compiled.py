@@ -13,12 +13,19 @@ from itertools import product
 import torch
 from torch import nn
 
-from longtail_experts.learning.compiled_conv import compiled_conv
-from longtail_experts.learning.compiled_norm import compiled_norm
+from longtail_experts.learning.compiled_conv import compile_convs_ahead, compiled_conv
+from longtail_experts.learning.compiled_norm import compile_norms_ahead, compiled_norm
 from longtail_experts.learning.fused import Kernel, require_same_layer
 from longtail_experts.learning.layers import Conv, Norm
 
 CHANNELS = (16, 32, 64)  # that it is written for
+
+
+def compile_layers_ahead(dtype: torch.dtype) -> None:
+    """Has a compiler begin what `compile_layers` waits for."""
+    compile_norms_ahead(dtype)
+    if dtype == torch.float32:
+        compile_convs_ahead()
 
 
 def compile_layers(model: nn.Module, dtype: torch.dtype) -> None:
@@ -48,6 +55,7 @@ def _kernel_of(module: nn.Module, dtype: torch.dtype) -> Kernel | None:
 def _why_not(dtype: torch.dtype) -> str | None:
     """Why this code cannot be used here for tensors of `dtype`; None: it can."""
     try:
+        compile_layers_ahead(dtype)  # of one source beside the other
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             for channels, number in product(CHANNELS, (1, 2)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longtail_experts.learning.compiler import addresses, compiled
+from longtail_experts.learning.compiler import addresses, compile_ahead, compiled
 from longtail_experts.learning.layers import Conv, as_autocast_has_it
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -51,6 +51,10 @@ class CompiledConv(torch.autograd.Function):
             dweight = torch.empty_like(weight)
             library.weight_gradient(*sizes, *addresses(x, dy, dweight), threads)
         return dx, dweight, None
+
+
+def compile_convs_ahead() -> None:
+    compile_ahead(SOURCE)
 
 
 @functools.cache

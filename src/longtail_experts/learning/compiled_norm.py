@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longtail_experts.learning.compiler import addresses, compiled
+from longtail_experts.learning.compiler import addresses, compile_ahead, compiled
 from longtail_experts.learning.layers import Norm
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -36,9 +36,17 @@ def compiled_norm(
     return CompiledNorm.apply(x, added, weight, bias, norm, relu)
 
 
+def compile_norms_ahead(dtype: torch.dtype) -> None:
+    compile_ahead(SOURCE, _option(dtype))
+
+
+def _option(dtype: torch.dtype) -> str:
+    return f"-DVALUE={VALUES[dtype]}"
+
+
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    library = compiled(SOURCE, f"-DVALUE={VALUES[dtype]}")
+    library = compiled(SOURCE, _option(dtype))
     numbers = [c_double, c_int, c_int]
     library.norm_forward.argtypes = [c_int, c_int64, *[c_void_p] * 8, c_double, *numbers]
     library.norm_backward.argtypes = [c_int, c_int64, *[c_void_p] * 10, *numbers]

@@ -1,12 +1,15 @@
 """C++ of this project, compiled for the processor that it runs on by the compiler at hand."""
 
+import atexit
 import ctypes
 import functools
 import os
 import shlex
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,48 +21,84 @@ COMPILER_SECONDS = 120  # that it may take
 OPENMP = ("libgomp", "libiomp", "libomp")  # its libraries
 
 
+def compile_ahead(source: Path, *options: str) -> None:
+    """Begins what `compiled` waits for, beside whatever this process does until then."""
+    with suppress(OSError, RuntimeError):  # which `compiled` raises
+        _begun(source, *options)
+
+
 @functools.cache
 def compiled(source: Path, *options: str) -> ctypes.CDLL:
     """The library that `source` is; RuntimeError, with the reason, where there is none.
 
-    Once a process, which takes a second or so.
+    Once a process, which takes seconds.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [COMPILER]
+    begun = _begun(source, *options)
     before = _openmp_libraries_at_first()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"{source.stem}.so")
-        try:
-            made = subprocess.run(
-                [
-                    *compiler,
-                    *FLAGS,
-                    *options,
-                    f"-I{HEADERS}",
-                    "-shared",
-                    "-fPIC",
-                    source,
-                    "-o",
-                    path,
-                ],
-                check=False,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env={**os.environ, "LC_ALL": "C"},  # "error", in English
-                timeout=COMPILER_SECONDS,
-            )
-        except FileNotFoundError:
-            raise RuntimeError(f"no C++ compiler {compiler[0]!r}; CXX names another") from None
-        if made.returncode != 0:
-            said = made.stderr.strip().split("\n")
-            reason = next((line for line in said if "error" in line), said[-1])
-            raise RuntimeError(f"{compiler[0]} failed: {reason or f'code {made.returncode}'}")
-        library = ctypes.CDLL(str(path))
+    try:
+        _, said = begun.process.communicate(timeout=COMPILER_SECONDS)
+        if code := begun.process.returncode:
+            lines = said.strip().split("\n")
+            reason = next((line for line in lines if "error" in line), lines[-1])
+            raise RuntimeError(f"{begun.compiler} failed: {reason or f'code {code}'}")
+        library = ctypes.CDLL(str(begun.path))
+    finally:
+        begun.end()
     if more := sorted(openmp_libraries() - before):
         # They would wait for work on the cores that PyTorch's compute on.
-        raise RuntimeError(f"what {compiler[0]} compiles brings threads of its own: {more[0]}")
+        raise RuntimeError(f"what {begun.compiler} compiles brings threads of its own: {more[0]}")
     return library
+
+
+class _Compilation(NamedTuple):
+    """A compiler at work."""
+
+    compiler: str
+    process: subprocess.Popen
+    path: Path  # of the library
+    folder: tempfile.TemporaryDirectory  # which holds that, and what the compiler needs meanwhile
+
+    def end(self) -> None:
+        """At the latest when this process ends: another may not need it after all."""
+        self.process.kill()
+        self.process.communicate()
+        self.folder.cleanup()
+        atexit.unregister(self.end)
+
+
+@functools.cache
+def _begun(source: Path, *options: str) -> _Compilation:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [COMPILER]
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    path = Path(folder.name, f"{source.stem}.so")
+    try:
+        process = subprocess.Popen(
+            [
+                *compiler,
+                *FLAGS,
+                *options,
+                f"-I{HEADERS}",
+                "-shared",
+                "-fPIC",
+                source,
+                "-o",
+                path,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C", "TMPDIR": folder.name},  # "error", in English
+        )
+    except OSError as error:
+        folder.cleanup()
+        if not isinstance(error, FileNotFoundError):
+            raise
+        raise RuntimeError(f"no C++ compiler {compiler[0]!r}; CXX names another") from None
+    begun = _Compilation(compiler[0], process, path, folder)
+    atexit.register(begun.end)
+    return begun
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail_experts.learning.backend import exact_float32
-from longtail_experts.learning.compiled import compile_layers
+from longtail_experts.learning.compiled import compile_layers, compile_layers_ahead
 from longtail_experts.learning.fast_step import (
     Batch,
     CannotRecordError,
@@ -20,9 +20,10 @@ from longtail_experts.learning.fast_step import (
 from longtail_experts.learning.losses import Objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of activations in training passes
-# images: compiling layers has repaid itself then, twice over. It takes 2.7 s in float32, where it
-# saves 0.8 ms an image, and 1.3 s in bf16, for 0.12 to 0.2 ms (benchmarks/README.md).
-COMPILE_REPAID_AFTER = {"fp32": 7_000, "bf16": 20_000}
+# images: compiling layers has repaid itself then, even where nothing is done beside it. It takes 2
+# to 5 s in float32, where it saves 0.8 to 2.7 ms an image, and 1.3 s in bf16, for 0.12 to 0.2 ms
+# (benchmarks/README.md).
+COMPILE_REPAID_AFTER = {"fp32": 3_000, "bf16": 20_000}
 
 
 class NonFiniteLossError(RuntimeError):
@@ -87,8 +88,7 @@ def start_training(
     it has layers compiled. That depends on these arguments alone, never on a timing, so that two
     runs of one seed take the same steps.
     """
-    compiles = fast and device == "cpu" and planned_images >= COMPILE_REPAID_AFTER[precision]
-    is_compiled = compiles and _compiles_layers(model, precision)
+    is_compiled = compiles(device, precision, planned_images, fast) and _compiles(model, precision)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
@@ -96,6 +96,17 @@ def start_training(
     recorded = RecordedSteps(fuses=fused) if replays(device, fast) else None
     passes = recorded_passes(device, fast)
     return TrainState(model, optimizer, is_compiled, recorded, passes)
+
+
+def compiles(device: str, precision: str, planned_images: int, fast: bool) -> bool:
+    """Whether layers are compiled, where they can be."""
+    return fast and device == "cpu" and planned_images >= COMPILE_REPAID_AFTER[precision]
+
+
+def prepare_training(*, device: str, precision: str, planned_images: int, fast: bool) -> None:
+    """Begins, beside whatever comes before it, what `start_training` waits for."""
+    if compiles(device, precision, planned_images, fast):
+        compile_layers_ahead(DTYPES[precision])
 
 
 def replays(device: str, fast: bool) -> bool:
@@ -108,7 +119,7 @@ def recorded_passes(device: str, fast: bool) -> RecordedPasses | None:
     return RecordedPasses() if replays(device, fast) else None
 
 
-def _compiles_layers(model: nn.Module, precision: str) -> bool:
+def _compiles(model: nn.Module, precision: str) -> bool:
     """False, with a warning, where they cannot be."""
     try:
         compile_layers(model, DTYPES[precision])

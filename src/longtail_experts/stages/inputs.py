@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import starmap
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from longtail_experts.learning.step import (
     TrainState,
     as_it_is,
     has_bf16_instructions,
+    prepare_training,
     replays,
     start_training,
 )
@@ -176,6 +178,11 @@ def batches_of_training(
     return lambda draws: starmap(ahead, batches_of(draws, config.batch_size)), load
 
 
+def prepare(config: Config, data: Dataset) -> None:
+    """Begins, beside whatever comes before it, what `state_before_training` waits for."""
+    prepare_training(**_steps_of(config, data))
+
+
 def state_before_training(model: torch.nn.Module, config: Config, data: Dataset) -> TrainState:
     """Layers are compiled where a training of this config is long enough to repay it."""
     return start_training(
@@ -183,12 +190,19 @@ def state_before_training(model: torch.nn.Module, config: Config, data: Dataset)
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        device=config.device,
-        precision=config.precision,
-        planned_images=config.epochs * data.size("train"),
-        fast=config.fast,
         fused=config.fused,
+        **_steps_of(config, data),
     )
+
+
+def _steps_of(config: Config, data: Dataset) -> dict[str, Any]:
+    """What decides how steps are taken."""
+    return {
+        "device": config.device,
+        "precision": config.precision,
+        "planned_images": config.epochs * data.size("train"),
+        "fast": config.fast,
+    }
 
 
 def require_same_fields(
