@@ -88,7 +88,8 @@ def start_training(
     it has layers compiled. That depends on these arguments alone, never on a timing, so that two
     runs of one seed take the same steps.
     """
-    is_compiled = compiles(device, precision, planned_images, fast) and _compiles(model, precision)
+    is_repaid = compiles(device, precision, planned_images, fast)
+    is_compiled = is_repaid and _compiles_layers(model, precision)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
@@ -119,7 +120,7 @@ def recorded_passes(device: str, fast: bool) -> RecordedPasses | None:
     return RecordedPasses() if replays(device, fast) else None
 
 
-def _compiles(model: nn.Module, precision: str) -> bool:
+def _compiles_layers(model: nn.Module, precision: str) -> bool:
     """False, with a warning, where they cannot be."""
     try:
         compile_layers(model, DTYPES[precision])
