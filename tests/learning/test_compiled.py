@@ -31,6 +31,12 @@ from longtail_experts.learning.step import (
 )
 
 LISTED = compiler.FLAGS
+BEGINS = """
+import time
+from pathlib import Path
+from longtail_experts.learning.compiler import compile_ahead
+compile_ahead(Path("x.cpp"))
+"""
 
 
 def start(model: nn.Module | None = None, **changes) -> TrainState:
@@ -206,11 +212,7 @@ def test_what_is_compiled_ahead_and_not_needed_ends_with_the_process(tmp_path):
     room, number = tmp_path / "room", tmp_path / "number"
     room.mkdir()
     compiler = f"import os, time; open({str(number)!r}, 'w').write(f'{{os.getpid()}}\\n')"
-    program = (
-        "import time\n"
-        "from pathlib import Path\n"
-        "from longtail_experts.learning.compiler import compile_ahead\n"
-        "compile_ahead(Path('x.cpp'))\n"
+    program = BEGINS + (
         f"while not Path({str(number)!r}).exists() or not Path({str(number)!r}).read_text():\n"
         "    time.sleep(0.05)\n"
     )
@@ -222,12 +224,7 @@ def test_what_is_compiled_ahead_and_not_needed_ends_with_the_process(tmp_path):
 
 
 def test_a_compiler_that_is_missing_is_not_missed_ahead(tmp_path):
-    program = (
-        "from pathlib import Path\n"
-        "from longtail_experts.learning.compiler import compile_ahead\n"
-        "compile_ahead(Path('x.cpp'))\n"
-    )
-    run_program(program, {"CXX": "no-such-compiler", "TMPDIR": str(tmp_path)})
+    run_program(BEGINS, {"CXX": "no-such-compiler", "TMPDIR": str(tmp_path)})
     assert not list(tmp_path.iterdir())
 
 

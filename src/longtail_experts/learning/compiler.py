@@ -91,10 +91,8 @@ def _begun(source: Path, *options: str) -> _Compilation:
             errors="replace",
             env={**os.environ, "LC_ALL": "C", "TMPDIR": folder.name},  # "error", in English
         )
-    except OSError as error:
+    except FileNotFoundError:
         folder.cleanup()
-        if not isinstance(error, FileNotFoundError):
-            raise
         raise RuntimeError(f"no C++ compiler {compiler[0]!r}; CXX names another") from None
     begun = _Compilation(compiler[0], process, path, folder)
     atexit.register(begun.end)
