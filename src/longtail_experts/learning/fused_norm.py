@@ -13,6 +13,7 @@ that comes last adds those of all parts, in their order.
 Triton comes with PyTorch's builds for CUDA on Linux. TRITON_INTERPRET=1 runs all of this on a CPU.
 """
 
+import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -422,14 +423,27 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 @contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
+
+
+@contextmanager
 def compiled_together(num_threads: int) -> Iterator[None]:
     """In here `launch` starts nothing in this thread: kernels are compiled, by so many threads, and
     all are at the end; results hold whatever was in memory.
 
     Who starts them afterwards loads them, one after another: Triton's launchers are not made for
-    threads.
+    threads. Nor is `ast.parse`, which Triton calls for every kernel, before Python 3.11.8: where
+    the collection of garbage lets another thread in, it raises SystemError (CPython gh-106905).
     """
     with (
+        _no_garbage_collected(),
         ThreadPoolExecutor(num_threads, "compile") as threads,
         triton.AsyncCompileMode(threads, ignore_errors=True),  # whoever starts one meets its own
     ):
