@@ -22,7 +22,7 @@ from longtail_experts.learning.fused import how_far_from_float64
 from longtail_experts.learning.layers import Conv, Norm
 
 NORMS = ((128, 16, 32, 32), (37, 16, 19, 19), (5, 32, 6, 6), (1, 32, 5, 5), (9, 64, 8, 8))
-CONVS = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (37, 16, 18, 22), (5, 32, 6, 6))
+CONVS = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (37, 16, 20, 24), (5, 32, 8, 8))
 SEEDS = (1, 2, 3)  # not 0, which is that of the gradients that come in
 KINDS = {"the gradient of input": "of inputs", "the gradient of": "of weights, biases"}
 KINDS |= {"output 0": "outputs"}

@@ -102,11 +102,17 @@ def test_a_training_takes_them(precision, apart, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("precision", DTYPES)
 def test_a_step_is_about_as_far_from_one_in_float64_as_pytorchs(precision):
-    states = [start(precision=precision, fast=fast) for fast in (True, False, False)]
-    states[2].model.double()
-    for state, kind in zip(states, (precision, precision, "fp32"), strict=True):
-        losses_of(state, 1, kind)
-    compiled, plain, exact = (all_weights(state.model).double() for state in states)
+    """Of several networks: a rounding error is nothing beside an activation that it takes to the
+    other side of a ReLU, of which there may be none."""
+    outcomes = []
+    for seed in range(6):
+        models = [build_resnet32(5, "projection", seed=seed) for _ in range(3)]
+        models[2].double()
+        kinds = (True, precision), (False, precision), (False, "fp32")
+        for model, (fast, kind) in zip(models, kinds, strict=True):
+            losses_of(start(model, precision=precision, fast=fast), 1, kind)
+        outcomes.append([all_weights(model).double() for model in models])
+    compiled, plain, exact = map(torch.cat, zip(*outcomes, strict=True))
     assert 0 < (compiled - exact).norm() < 1.25 * (plain - exact).norm()
 
 
@@ -122,7 +128,7 @@ class OneReLU(nn.Module):
 
 @needs_compiler
 def test_fifty_steps_in_fp32_equal_plain_ones():
-    """Losses within 1e-5, weights and statistics within 5e-4 of their largest value; the last batch
+    """Losses within 1e-5, weights and statistics within 1e-3 of their largest value; the last batch
     of each ten is short.
 
     On a network with one ReLU: in a ResNet-32 a rounding error flips some of the millions of
@@ -142,7 +148,7 @@ def test_fifty_steps_in_fp32_equal_plain_ones():
     weights = states[0].model.state_dict()
     for name, value in states[1].model.state_dict().items():
         scale = max(float(value.abs().max()), 1e-3)
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=5e-4 * scale)
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-3 * scale)
 
 
 @needs_compiler
@@ -281,21 +287,23 @@ def test_libraries_of_threads_are_found():
         ("row < begin_of(rows, part + 1)", "row < begin_of(rows, part + 1) - 1"),
         ("bits + 0x7fff + ((bits >> 16) & 1)", "bits + 0x7ffff"),
         ("float& at) { at = value; }", "float& at) { at = 1.02f * value; }"),
-        ("bool above = y > 0", "bool above = y > 2"),
-        ("below = y + 2 < images.height", "below = y + 2 < images.height - 2"),
-        ("if (x0 > 0) column(0, -1);", "if (x0 > 2) column(0, -1);"),
-        ("x0 + 2 * tile + 2 < images.width", "x0 + 2 * tile + 4 < images.width"),
-        ("rows[1][j] = m[1] - m[2] - m[3];", "rows[1][j] = m[1] - m[2] + m[3];"),
-        ("left += load(added + at);", ""),
-        ("columns[3][j] = -lower;", "columns[3][j] = lower;"),
+        ("bool above = row > 0", "bool above = row > TILE"),
+        ("below = row + TILE < images.height", "below = row + 2 * TILE < images.height"),
+        ("j > 0 || left > 0", "j > 0 || left > TILE"),
+        ("left + TILE < images.width", "left + 2 * TILE < images.width"),
+        ("row = row + 1 < down ? row + 1 : 0;", "row++;"),
+        ("out[5] = d[5] - (PP + QQ) * d[3]", "out[5] = d[5] - PP * d[3]"),
+        ("out[3] = PP * odd_p + QQ * odd_q + m[5];", "out[3] = PP * odd_p + QQ * odd_q;"),
+        ("out[2] = PP * even_p + QQ * even_q + u[5];", "out[2] = PP * even_p + QQ * even_q;"),
+        ("Vector even_q = dy[0] + QQ * dy[2]", "Vector even_q = dy[0] + PP * dy[2]"),
+        ("odd_p = AT_P * P * g[1];", "odd_p = AT_P * g[1];"),
+        ("if (added) sums[j] += load(added + at);", ""),
         ("tile < count; tile += ROWS<C>", "tile + ROWS<C> <= count; tile += ROWS<C>"),
         ("store(adds ? load(at) + sums", "store(adds ? sums"),
-        (
-            "part < PARTS; part++)\n                for",
-            "part < PARTS - 1; part++)\n                for",
-        ),
+        ("part < PARTS; part++) sum +=", "part < PARTS - 1; part++) sum +="),
         ("(backward ? o * C + i : i * C + o)", "(i * C + o)"),
         ("(backward ? 2 - x : x)", "x"),
+        ("if (backward) std::swap(first, last);", ""),
     ],
 )
 def test_what_computes_something_else_is_refused(

@@ -35,7 +35,7 @@ def a_conv(channels: int, compiled: bool = True, passes: bool = False) -> Conv:
     # Whole blocks, some that end within a row of tiles, fewer tiles than there are parts, and one.
     [
         *((16, 128, 32, 32), (32, 128, 16, 16), (64, 128, 8, 8)),
-        *((16, 37, 18, 22), (32, 5, 30, 2), (64, 3, 2, 38), (16, 1, 2, 2), (64, 1, 4, 6)),
+        *((16, 37, 20, 24), (32, 5, 28, 4), (64, 3, 4, 36), (16, 1, 4, 4), (64, 1, 4, 8)),
     ],
 )
 def test_equals_float64_but_for_rounding(channels, images, height, width, passes):
@@ -51,7 +51,7 @@ def test_equals_float64_but_for_rounding(channels, images, height, width, passes
 def test_with_narrower_registers(channels, narrow, compiles_anew, monkeypatch):
     monkeypatch.setenv("CXX", f"c++ {narrow}")
     monkeypatch.setattr(compiler, "FLAGS", (*LISTED, "-O1"))
-    apart = how_far_from_float64(a_conv(channels), [draw(3, channels, 18, 10, dtype=FLOAT)])
+    apart = how_far_from_float64(a_conv(channels), [draw(3, channels, 20, 12, dtype=FLOAT)])
     assert max(apart.values()) < 1e-6
 
 
@@ -63,13 +63,13 @@ def test_a_filter_of_one_tap_moves_the_image(channels, tap):
     conv.weight.data.zero_()
     number = torch.arange(channels)
     conv.weight.data[number, (number + 3) % channels, down, right] = 1.0
-    x = draw(2, channels, 6, 10, dtype=FLOAT)
-    moved = F.pad(x, (1, 1, 1, 1))[:, (number + 3) % channels, down : down + 6, right : right + 10]
-    torch.testing.assert_close(conv(x).detach(), moved, rtol=0, atol=1e-5)
+    x = draw(2, channels, 8, 12, dtype=FLOAT)
+    moved = F.pad(x, (1, 1, 1, 1))[:, (number + 3) % channels, down : down + 8, right : right + 12]
+    torch.testing.assert_close(conv(x).detach(), moved, rtol=0, atol=2e-5)
 
 
 def test_the_same_bits_for_any_number_of_threads():
-    inputs = draw(37, 32, 18, 10, dtype=FLOAT)
+    inputs = draw(37, 32, 20, 12, dtype=FLOAT)
     assert_same_bits_for_any_number_of_threads(partial(a_conv, 32, passes=True), inputs)
 
 
@@ -110,7 +110,7 @@ def test_any_memory_order_comes_out_as_channels_last():
 
 def test_other_passes_are_pytorchs():
     x = draw(4, 16, 8, 8, dtype=FLOAT)
-    for changed in (x.double(), x[:, :, 1:], x[..., 1:], x[:, :, :1]):
+    for changed in (x.double(), x[:, :, 2:], x[..., 1:], x[..., :6], x[:, :, :1]):
         found, expected = (
             outcome(a_conv(16, compiled, passes=True).to(changed.dtype), changed)
             for compiled in (True, False)

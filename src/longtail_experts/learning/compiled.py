@@ -2,7 +2,7 @@
 
 In bf16 batch norms with what follows them, in float32 convolutions too. PyTorch takes a fifth of a
 step for such batch norms, this code half of that; in float32 convolutions are most of the rest, and
-Winograd's do with less than half of the multiplications (benchmarks/README.md).
+Winograd's do with a quarter of the multiplications (benchmarks/README.md).
 """
 
 import functools
@@ -62,7 +62,7 @@ def _why_not(dtype: torch.dtype) -> str | None:
                 # What is added by a batch norm, and what a convolution passes on: with and without.
                 layers = Norm(channels), Conv(channels, channels, passes=number == 2)
                 # Some blocks of every part, and the beginning of one, of either.
-                draws = [(torch.randn(7, channels, 30, 30) + 1).to(dtype) for _ in range(number)]
+                draws = [(torch.randn(13, channels, 20, 32) + 1).to(dtype) for _ in range(number)]
                 for layer, inputs in zip(layers, (draws, draws[:1]), strict=True):
                     if kernel := _kernel_of(layer, dtype):
                         layer.fused = kernel

@@ -1,19 +1,23 @@
 // Convolutions of 3x3 that keep size and number of channels, in a training step on a CPU: forward,
-// and the gradients of input and weights, by Winograd's F(2x2, 3x3) of Lavin and Gray (CVPR 2016).
+// and the gradients of input and weights, by Winograd's F(4x4, 3x3) of Lavin and Gray (CVPR 2016).
 //
-// An image is cut into tiles of 2x2 pixels; a tile of the output depends on 4x4 of the input. With
+// An image is cut into tiles of 4x4 pixels; a tile of the output depends on 6x6 of the input. With
 // the matrices B, G and A of their section 4.1, a tile is A^T [sum over channels (G g G^T) * (B^T d
-// B)] A: 16 products a pair of channels instead of 36, each a product of matrices over tiles and
+// B)] A: 36 products a pair of channels instead of 144, each a product of matrices over tiles and
 // channels. The gradient of the input is the same with the filter turned around; that of the weights
 // G^T [sum over tiles (B^T d B) * (A dy A^T)] G.
 //
+// The matrices evaluate polynomials at 0, P, -P, Q, -Q and infinity. With P = 1 and Q = 2, which are
+// Lavin and Gray's, rounding errors are twice as large as with those taken here.
+//
 // Tensors are in channels-last memory, float32: images [N, H, W, C], filters [C out, 3, 3, C in].
-// H and W are even. What is added up has the same order for any number of threads.
+// H and W are multiples of 4. What is added up has the same order for any number of threads.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #include "channels.h"
 
@@ -26,8 +30,12 @@ constexpr int LANES = 8, SUMS = 12;
 #else
 constexpr int LANES = 4, SUMS = 12;
 #endif
-constexpr int POINTS = 16;  // of a tile, after its transformation
-constexpr int PARTS = 16;   // of all tiles, that gradients of weights are summed up over
+constexpr int TILE = 4, SIDE = 6;  // pixels of a side: of an output, and of what it depends on
+constexpr int POINTS = SIDE * SIDE;  // of a tile, after its transformation
+constexpr int PARTS = 16;            // of all tiles, that gradients of weights are summed up over
+constexpr float P = .625f, Q = 1.5f, PP = P * P, QQ = Q * Q;
+// Of the rows of G: one over the product of a point's distances from the others.
+constexpr float AT_0 = 1 / (PP * QQ), AT_P = 1 / (2 * PP * (PP - QQ)), AT_Q = 1 / (2 * QQ * (QQ - PP));
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 
@@ -39,10 +47,65 @@ inline Vector load(const float* at) {
 
 inline void store(Vector values, float* at) { std::memcpy(at, &values, sizeof values); }
 
+// B^T d
+inline void transform_input(const Vector (&d)[SIDE], Vector (&out)[SIDE]) {
+    Vector even_p = d[4] - QQ * d[2], odd_p = d[3] - QQ * d[1];
+    Vector even_q = d[4] - PP * d[2], odd_q = d[3] - PP * d[1];
+    out[0] = d[4] - (PP + QQ) * d[2] + (PP * QQ) * d[0];
+    out[1] = even_p + P * odd_p;
+    out[2] = even_p - P * odd_p;
+    out[3] = even_q + Q * odd_q;
+    out[4] = even_q - Q * odd_q;
+    out[5] = d[5] - (PP + QQ) * d[3] + (PP * QQ) * d[1];
+}
+
+// A^T m
+inline void transform_output(const Vector (&m)[SIDE], Vector (&out)[TILE]) {
+    Vector even_p = m[1] + m[2], odd_p = P * (m[1] - m[2]);
+    Vector even_q = m[3] + m[4], odd_q = Q * (m[3] - m[4]);
+    out[0] = m[0] + even_p + even_q;
+    out[1] = odd_p + odd_q;
+    out[2] = PP * even_p + QQ * even_q;
+    out[3] = PP * odd_p + QQ * odd_q + m[5];
+}
+
+// A dy
+inline void transform_gradient(const Vector (&dy)[TILE], Vector (&out)[SIDE]) {
+    Vector even_p = dy[0] + PP * dy[2], odd_p = P * (dy[1] + PP * dy[3]);
+    Vector even_q = dy[0] + QQ * dy[2], odd_q = Q * (dy[1] + QQ * dy[3]);
+    out[0] = dy[0];
+    out[1] = even_p + odd_p;
+    out[2] = even_p - odd_p;
+    out[3] = even_q + odd_q;
+    out[4] = even_q - odd_q;
+    out[5] = dy[3];
+}
+
+// G g
+inline void transform_filter(const Vector (&g)[3], Vector (&out)[SIDE]) {
+    Vector even_p = AT_P * (g[0] + PP * g[2]), odd_p = AT_P * P * g[1];
+    Vector even_q = AT_Q * (g[0] + QQ * g[2]), odd_q = AT_Q * Q * g[1];
+    out[0] = AT_0 * g[0];
+    out[1] = even_p + odd_p;
+    out[2] = even_p - odd_p;
+    out[3] = even_q + odd_q;
+    out[4] = even_q - odd_q;
+    out[5] = g[2];
+}
+
+// G^T u
+inline void transform_sums(const Vector (&u)[SIDE], Vector (&out)[3]) {
+    Vector even_p = AT_P * (u[1] + u[2]), odd_p = AT_P * P * (u[1] - u[2]);
+    Vector even_q = AT_Q * (u[3] + u[4]), odd_q = AT_Q * Q * (u[3] - u[4]);
+    out[0] = AT_0 * u[0] + even_p + even_q;
+    out[1] = odd_p + odd_q;
+    out[2] = PP * even_p + QQ * even_q + u[5];
+}
+
 // A block of tiles, as matrices [TILES, C] a point: what the caches of a core hold.
 template <int C>
 struct Block {
-    static constexpr int TILES = 768 / C;
+    static constexpr int TILES = C == 16 ? 24 : 12;
     static constexpr int POINT = TILES * C + 16;  // floats; a power of two would share lines of a cache
     alignas(64) float values[POINTS * POINT] = {};
 
@@ -53,65 +116,55 @@ struct Images {
     int64_t number;
     int height, width;
 
-    int64_t tiles() const { return number * (height / 2) * (width / 2); }
+    int64_t tiles() const { return number * (height / TILE) * (width / TILE); }
 
-    // Tiles [first, first + count) of all by rows: visit(number within these, images' pixel at its
-    // upper left corner, that one's row and column, tiles that follow in the row with it).
+    // Tiles [first, first + count) of all: visit(number within these, images' pixel at its upper left
+    // corner, that one's row and column).
     template <typename Visit>
-    void visit_rows(int64_t first, int count, const Visit& visit) const {
-        int across = width / 2, down = height / 2, column = first % across;
-        int64_t row = first / across;
-        for (int done = 0; done < count; row++, column = 0) {
-            int length = std::min(across - column, count - done);
-            visit(done, (2 * row) * width + 2 * column, int(row % down) * 2, 2 * column, length);
-            done += length;
+    void visit_tiles(int64_t first, int count, const Visit& visit) const {
+        int across = width / TILE, down = height / TILE, column = first % across;
+        int64_t line = first / across;
+        int row = line % down;
+        for (int tile = 0; tile < count; tile++) {
+            visit(tile, TILE * (line * width + column), TILE * row, TILE * column);
+            if (++column < across) continue;
+            column = 0, line++;
+            row = row + 1 < down ? row + 1 : 0;
         }
     }
 };
 
-// Fetches a sixteenth of a block's pixels into the cache, while something else is computed.
+// Fetches what a block's pixels have for a point into the cache, while something else is computed.
 template <int C>
-void prefetch(const float* pixels, int64_t first, int part) {
-    constexpr int EACH = Block<C>::TILES * 4 * C / POINTS;
-    const float* at = pixels + first * 4 * C + part * EACH;
-    for (int i = 0; i < EACH; i += 16) __builtin_prefetch(at + i);
+void prefetch(const float* pixels, int64_t first, int point) {
+    constexpr int ALL = Block<C>::TILES * TILE * TILE * C, LINE = 16;
+    const float* at = pixels + first * TILE * TILE * C;
+    for (int i = point * LINE; i < ALL; i += POINTS * LINE) __builtin_prefetch(at + i);
 }
 
 // B^T d B of every tile.
 template <int C>
-void transform_input(const float* x, Images images, int64_t first, int count, Block<C>& block) {
+void transform_inputs(const float* x, Images images, int64_t first, int count, Block<C>& block) {
     int64_t line = images.width * C;
-    images.visit_rows(first, count, [&](int done, int64_t pixel, int y, int x0, int length) {
-        bool above = y > 0, below = y + 2 < images.height;
+    images.visit_tiles(first, count, [&](int tile, int64_t pixel, int row, int left) {
+        bool above = row > 0, below = row + TILE < images.height;
         for (int c = 0; c < C; c += LANES) {
-            const float* from = x + pixel * C + c;
-            Vector rows[4][4] = {};  // B^T d
-            auto column = [&](int j, int at) __attribute__((always_inline)) {
-                const float* in = from + at * C;
-                Vector d0 = above ? load(in - line) : Vector{}, d1 = load(in), d2 = load(in + line);
-                Vector d3 = below ? load(in + 2 * line) : Vector{};
-                rows[0][j] = d0 - d2;
-                rows[1][j] = d1 + d2;
-                rows[2][j] = d2 - d1;
-                rows[3][j] = d1 - d3;
-            };
-            if (x0 > 0) column(0, -1);
-            column(1, 0);
-            for (int tile = 0; tile < length; tile++) {
-                column(2, 2 * tile + 1);
-                if (x0 + 2 * tile + 2 < images.width)
-                    column(3, 2 * tile + 2);
-                else
-                    for (auto& row : rows) row[3] = Vector{};
-                for (int i = 0; i < 4; i++) {
-                    Vector* row = rows[i];
-                    store(row[0] - row[2], block.at(4 * i, done + tile) + c);
-                    store(row[1] + row[2], block.at(4 * i + 1, done + tile) + c);
-                    store(row[2] - row[1], block.at(4 * i + 2, done + tile) + c);
-                    store(row[1] - row[3], block.at(4 * i + 3, done + tile) + c);
-                    row[0] = row[2];  // the next tile begins two pixels further
-                    row[1] = row[3];
+            Vector rows[SIDE][SIDE];  // B^T d
+            for (int j = 0; j < SIDE; j++) {
+                const float* in = x + (pixel + j - 1) * C + c;
+                Vector d[SIDE] = {}, points[SIDE];
+                if ((j > 0 || left > 0) && (j <= TILE || left + TILE < images.width)) {
+                    if (above) d[0] = load(in - line);
+                    for (int i = 0; i < TILE; i++) d[i + 1] = load(in + i * line);
+                    if (below) d[TILE + 1] = load(in + TILE * line);
                 }
+                transform_input(d, points);
+                for (int i = 0; i < SIDE; i++) rows[i][j] = points[i];
+            }
+            for (int i = 0; i < SIDE; i++) {
+                Vector points[SIDE];
+                transform_input(rows[i], points);
+                for (int j = 0; j < SIDE; j++) store(points[j], block.at(SIDE * i + j, tile) + c);
             }
         }
     });
@@ -119,56 +172,50 @@ void transform_input(const float* x, Images images, int64_t first, int count, Bl
 
 // A^T m A of every tile, plus `added` where it is not null.
 template <int C>
-void transform_output(Block<C>& block, Images images, int64_t first, int count, const float* added,
-                      float* y) {
-    images.visit_rows(first, count, [&](int done, int64_t pixel, int, int, int length) {
-        for (int tile = 0; tile < length; tile++)
-            for (int c = 0; c < C; c += LANES) {
-                Vector rows[2][4];
-                for (int j = 0; j < 4; j++) {
-                    Vector m[4];
-                    for (int i = 0; i < 4; i++) m[i] = load(block.at(4 * i + j, done + tile) + c);
-                    rows[0][j] = m[0] + m[1] + m[2];
-                    rows[1][j] = m[1] - m[2] - m[3];
-                }
-                for (int i = 0; i < 2; i++) {
-                    Vector* row = rows[i];
-                    int64_t at = (pixel + i * images.width + 2 * tile) * C + c;
-                    Vector left = row[0] + row[1] + row[2], right = row[1] - row[2] - row[3];
-                    if (added) {
-                        left += load(added + at);
-                        right += load(added + at + C);
-                    }
-                    store(left, y + at);
-                    store(right, y + at + C);
+void transform_outputs(Block<C>& block, Images images, int64_t first, int count,
+                       const float* added, float* y) {
+    images.visit_tiles(first, count, [&](int tile, int64_t pixel, int, int) {
+        for (int c = 0; c < C; c += LANES) {
+            Vector rows[TILE][SIDE];  // A^T m
+            for (int j = 0; j < SIDE; j++) {
+                Vector m[SIDE], sums[TILE];
+                for (int i = 0; i < SIDE; i++) m[i] = load(block.at(SIDE * i + j, tile) + c);
+                transform_output(m, sums);
+                for (int i = 0; i < TILE; i++) rows[i][j] = sums[i];
+            }
+            for (int i = 0; i < TILE; i++) {
+                int64_t at = (pixel + i * images.width) * C + c;
+                Vector sums[TILE];
+                transform_output(rows[i], sums);
+                for (int j = 0; j < TILE; j++, at += C) {
+                    if (added) sums[j] += load(added + at);
+                    store(sums[j], y + at);
                 }
             }
+        }
     });
 }
 
 // A dy A^T of every tile.
 template <int C>
-void transform_gradient(const float* dy, Images images, int64_t first, int count, Block<C>& block) {
-    images.visit_rows(first, count, [&](int done, int64_t pixel, int, int, int length) {
-        for (int tile = 0; tile < length; tile++)
-            for (int c = 0; c < C; c += LANES) {
-                const float* from = dy + (pixel + 2 * tile) * C + c;
-                Vector columns[4][2];
-                for (int j = 0; j < 2; j++) {
-                    Vector upper = load(from + j * C), lower = load(from + (images.width + j) * C);
-                    columns[0][j] = upper;
-                    columns[1][j] = upper + lower;
-                    columns[2][j] = upper - lower;
-                    columns[3][j] = -lower;
-                }
-                for (int i = 0; i < 4; i++) {
-                    Vector left = columns[i][0], right = columns[i][1];
-                    store(left, block.at(4 * i, done + tile) + c);
-                    store(left + right, block.at(4 * i + 1, done + tile) + c);
-                    store(left - right, block.at(4 * i + 2, done + tile) + c);
-                    store(-right, block.at(4 * i + 3, done + tile) + c);
-                }
+void transform_gradients(const float* dy, Images images, int64_t first, int count,
+                         Block<C>& block) {
+    images.visit_tiles(first, count, [&](int tile, int64_t pixel, int, int) {
+        for (int c = 0; c < C; c += LANES) {
+            Vector rows[SIDE][TILE];  // A dy
+            for (int j = 0; j < TILE; j++) {
+                const float* in = dy + (pixel + j) * C + c;
+                Vector d[TILE], points[SIDE];
+                for (int i = 0; i < TILE; i++) d[i] = load(in + i * images.width * C);
+                transform_gradient(d, points);
+                for (int i = 0; i < SIDE; i++) rows[i][j] = points[i];
             }
+            for (int i = 0; i < SIDE; i++) {
+                Vector points[SIDE];
+                transform_gradient(rows[i], points);
+                for (int j = 0; j < SIDE; j++) store(points[j], block.at(SIDE * i + j, tile) + c);
+            }
+        }
     });
 }
 
@@ -203,29 +250,25 @@ void multiply_rows(const float* a, const float* b, float* out, int depth, bool a
     }
 }
 
-// G g G^T of every filter, [16, C in, C out]; or of those turned around, [16, C out, C in].
+// G g G^T of every filter, [POINTS, C in, C out]; or of those turned around, [POINTS, C out, C in].
 template <int C>
 void transform_filters(const float* weight, bool backward, float* u, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int o = 0; o < C; o++) {
         float out[POINTS][C];
-#pragma omp simd
-        for (int i = 0; i < C; i++) {
-            float g[4][3];  // of a row
+        for (int i = 0; i < C; i += LANES) {
+            Vector rows[SIDE][3];  // G g
             for (int x = 0; x < 3; x++) {
                 const float* taps = weight + (o * 9 + (backward ? 2 - x : x)) * C + i;
-                float first = taps[backward ? 6 * C : 0], middle = taps[3 * C];
-                float last = taps[backward ? 0 : 6 * C];
-                g[0][x] = first;
-                g[1][x] = .5f * (first + middle + last);
-                g[2][x] = .5f * (first - middle + last);
-                g[3][x] = last;
+                Vector first = load(taps), last = load(taps + 6 * C), points[SIDE];
+                if (backward) std::swap(first, last);
+                transform_filter({first, load(taps + 3 * C), last}, points);
+                for (int y = 0; y < SIDE; y++) rows[y][x] = points[y];
             }
-            for (int y = 0; y < 4; y++) {
-                out[4 * y][i] = g[y][0];
-                out[4 * y + 1][i] = .5f * (g[y][0] + g[y][1] + g[y][2]);
-                out[4 * y + 2][i] = .5f * (g[y][0] - g[y][1] + g[y][2]);
-                out[4 * y + 3][i] = g[y][2];
+            for (int y = 0; y < SIDE; y++) {
+                Vector points[SIDE];
+                transform_filter(rows[y], points);
+                for (int x = 0; x < SIDE; x++) store(points[x], &out[SIDE * y + x][i]);
             }
         }
         for (int point = 0; point < POINTS; point++)
@@ -248,74 +291,87 @@ void convolve(const float* x, const float* weight, const float* added, float* y,
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < tiles; first += TILES) {
             int count = std::min<int64_t>(TILES, tiles - first);
-            transform_input<C>(x, images, first, count, in);
+            transform_inputs<C>(x, images, first, count, in);
             for (int point = 0; point < POINTS; point++) {
                 prefetch<C>(x, first + TILES, point);
                 prefetch<C>(y, first, point);
+                if (added) prefetch<C>(added, first, point);
                 for (int tile = 0; tile < count; tile += ROWS<C>)
                     multiply_rows<C, ROWS<C>, C, 1>(
                         in.at(point, tile), &u[point * C * C], out.at(point, tile), C, false);
             }
-            transform_output<C>(out, images, first, count, added, y);
+            transform_outputs<C>(out, images, first, count, added, y);
         }
     }
 }
 
+// Sums of products of tiles, a matrix [C out, C in] a point.
+template <int C>
+struct Sums {
+    static constexpr int POINT = C * C + 16;  // as in a block
+    alignas(64) float values[POINTS * POINT];
+
+    float* at(int point, int o) { return values + point * POINT + o * C; }
+};
+
+// G^T u G, as filters are.
+template <int C>
+void transform_sums(Sums<C>& u, float* filters) {
+    for (int o = 0; o < C; o++)
+        for (int i = 0; i < C; i += LANES) {
+            Vector rows[3][SIDE];
+            for (int x = 0; x < SIDE; x++) {
+                Vector column[SIDE], taps[3];
+                for (int y = 0; y < SIDE; y++) column[y] = load(u.at(SIDE * y + x, o) + i);
+                transform_sums(column, taps);
+                for (int y = 0; y < 3; y++) rows[y][x] = taps[y];
+            }
+            for (int y = 0; y < 3; y++) {
+                Vector taps[3];
+                transform_sums(rows[y], taps);
+                for (int x = 0; x < 3; x++) store(taps[x], filters + (o * 9 + 3 * y + x) * C + i);
+            }
+        }
+}
+
 template <int C>
 void weigh(const float* x, const float* dy, float* dweight, Images images, int threads) {
-    constexpr int TILES = Block<C>::TILES, LAST = C % ROWS<C>;
-    std::unique_ptr<float[]> parts(new float[PARTS * POINTS * C * C]);
+    constexpr int TILES = Block<C>::TILES, LAST = C % ROWS<C>, FILTERS = C * 9 * C;
+    std::unique_ptr<float[]> parts(new float[PARTS * FILTERS]);
     int64_t tiles = images.tiles();
 #pragma omp parallel num_threads(threads)
     {
         Block<C> in, out;
+        std::unique_ptr<Sums<C>> sums(new Sums<C>);
 #pragma omp for schedule(static)
         for (int part = 0; part < PARTS; part++) {
-            float* sums = &parts[part * POINTS * C * C];
             int64_t begin = tiles * part / PARTS, end = tiles * (part + 1) / PARTS;
-            if (begin == end) std::fill(sums, sums + POINTS * C * C, 0.f);
+            if (begin == end) *sums = {};
             for (int64_t first = begin; first < end; first += TILES) {
                 int count = std::min<int64_t>(TILES, end - first);
-                transform_input<C>(x, images, first, count, in);
-                transform_gradient<C>(dy, images, first, count, out);
+                transform_inputs<C>(x, images, first, count, in);
+                transform_gradients<C>(dy, images, first, count, out);
                 for (int point = 0; point < POINTS; point++) {
                     prefetch<C>(x, first + TILES, point);
                     prefetch<C>(dy, first + TILES, point);
                     const float *dm = out.at(point, 0), *v = in.at(point, 0);
-                    float* du = sums + point * C * C;
+                    bool adds = first > begin;
                     for (int o = 0; o + ROWS<C> <= C; o += ROWS<C>)
-                        multiply_rows<C, ROWS<C>, 1, C>(dm + o, v, du + o * C, count, first > begin);
+                        multiply_rows<C, ROWS<C>, 1, C>(dm + o, v, sums->at(point, o), count, adds);
                     if constexpr (LAST > 0)
-                        multiply_rows<C, LAST, 1, C>(dm + C - LAST, v, du + (C - LAST) * C, count,
-                                                     first > begin);
+                        multiply_rows<C, LAST, 1, C>(dm + C - LAST, v, sums->at(point, C - LAST),
+                                                     count, adds);
                 }
             }
+            transform_sums<C>(*sums, &parts[part * FILTERS]);
         }
 #pragma omp for schedule(static)
-        for (int o = 0; o < C; o++) {
-            float u[4][4][C] = {};
-            for (int part = 0; part < PARTS; part++)
-                for (int point = 0; point < POINTS; point++)
-                    for (int i = 0; i < C; i++)
-                        u[point / 4][point % 4][i] += parts[((part * POINTS + point) * C + o) * C + i];
-            float* taps = dweight + o * 9 * C;
-#pragma omp simd
+        for (int tap = 0; tap < 9 * C; tap++)
             for (int i = 0; i < C; i++) {
-                float rows[3][4];  // G^T u
-                for (int j = 0; j < 4; j++) {
-                    float sum = .5f * (u[1][j][i] + u[2][j][i]);
-                    rows[0][j] = u[0][j][i] + sum;
-                    rows[1][j] = .5f * (u[1][j][i] - u[2][j][i]);
-                    rows[2][j] = sum + u[3][j][i];
-                }
-                for (int y = 0; y < 3; y++) {
-                    float sum = .5f * (rows[y][1] + rows[y][2]);
-                    taps[(3 * y) * C + i] = rows[y][0] + sum;
-                    taps[(3 * y + 1) * C + i] = .5f * (rows[y][1] - rows[y][2]);
-                    taps[(3 * y + 2) * C + i] = sum + rows[y][3];
-                }
+                float sum = 0;
+                for (int part = 0; part < PARTS; part++) sum += parts[part * FILTERS + tap * C + i];
+                dweight[tap * C + i] = sum;
             }
-        }
     }
 }
 
