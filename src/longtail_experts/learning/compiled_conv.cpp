@@ -17,7 +17,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <utility>
 
 #include "channels.h"
 
@@ -102,6 +101,25 @@ inline void transform_sums(const Vector (&u)[SIDE], Vector (&out)[3]) {
     out[2] = PP * even_p + QQ * even_q + u[5];
 }
 
+// T t T^T of a tile t, which is OUT x OUT for one of IN x IN, where `transform` is T of a line of it.
+// give_column(number, column of zeros to fill), take(row, column, value).
+template <int IN, int OUT, typename Give, typename Take>
+inline void transform_tile(void (*transform)(const Vector (&)[IN], Vector (&)[OUT]),
+                           const Give& give_column, const Take& take) {
+    Vector rows[OUT][IN];  // T t
+    for (int j = 0; j < IN; j++) {
+        Vector column[IN] = {}, out[OUT];
+        give_column(j, column);
+        transform(column, out);
+        for (int i = 0; i < OUT; i++) rows[i][j] = out[i];
+    }
+    for (int i = 0; i < OUT; i++) {
+        Vector out[OUT];
+        transform(rows[i], out);
+        for (int j = 0; j < OUT; j++) take(i, j, out[j]);
+    }
+}
+
 // A block of tiles, as matrices [TILES, C] a point: what the caches of a core hold.
 template <int C>
 struct Block {
@@ -148,25 +166,17 @@ void transform_inputs(const float* x, Images images, int64_t first, int count, B
     int64_t line = images.width * C;
     images.visit_tiles(first, count, [&](int tile, int64_t pixel, int row, int left) {
         bool above = row > 0, below = row + TILE < images.height;
-        for (int c = 0; c < C; c += LANES) {
-            Vector rows[SIDE][SIDE];  // B^T d
-            for (int j = 0; j < SIDE; j++) {
-                const float* in = x + (pixel + j - 1) * C + c;
-                Vector d[SIDE] = {}, points[SIDE];
-                if ((j > 0 || left > 0) && (j <= TILE || left + TILE < images.width)) {
+        for (int c = 0; c < C; c += LANES)
+            transform_tile(
+                transform_input,
+                [&](int j, Vector* d) {
+                    if ((j == 0 && left == 0) || (j > TILE && left + TILE == images.width)) return;
+                    const float* in = x + (pixel + j - 1) * C + c;
                     if (above) d[0] = load(in - line);
                     for (int i = 0; i < TILE; i++) d[i + 1] = load(in + i * line);
                     if (below) d[TILE + 1] = load(in + TILE * line);
-                }
-                transform_input(d, points);
-                for (int i = 0; i < SIDE; i++) rows[i][j] = points[i];
-            }
-            for (int i = 0; i < SIDE; i++) {
-                Vector points[SIDE];
-                transform_input(rows[i], points);
-                for (int j = 0; j < SIDE; j++) store(points[j], block.at(SIDE * i + j, tile) + c);
-            }
-        }
+                },
+                [&](int i, int j, Vector d) { store(d, block.at(SIDE * i + j, tile) + c); });
     });
 }
 
@@ -175,24 +185,16 @@ template <int C>
 void transform_outputs(Block<C>& block, Images images, int64_t first, int count,
                        const float* added, float* y) {
     images.visit_tiles(first, count, [&](int tile, int64_t pixel, int, int) {
-        for (int c = 0; c < C; c += LANES) {
-            Vector rows[TILE][SIDE];  // A^T m
-            for (int j = 0; j < SIDE; j++) {
-                Vector m[SIDE], sums[TILE];
-                for (int i = 0; i < SIDE; i++) m[i] = load(block.at(SIDE * i + j, tile) + c);
-                transform_output(m, sums);
-                for (int i = 0; i < TILE; i++) rows[i][j] = sums[i];
-            }
-            for (int i = 0; i < TILE; i++) {
-                int64_t at = (pixel + i * images.width) * C + c;
-                Vector sums[TILE];
-                transform_output(rows[i], sums);
-                for (int j = 0; j < TILE; j++, at += C) {
-                    if (added) sums[j] += load(added + at);
-                    store(sums[j], y + at);
-                }
-            }
-        }
+        for (int c = 0; c < C; c += LANES)
+            transform_tile(
+                transform_output,
+                [&](int j, Vector* m) {
+                    for (int i = 0; i < SIDE; i++) m[i] = load(block.at(SIDE * i + j, tile) + c);
+                },
+                [&](int i, int j, Vector sum) {
+                    int64_t at = (pixel + i * images.width + j) * C + c;
+                    store(added ? sum + load(added + at) : sum, y + at);
+                });
     });
 }
 
@@ -201,21 +203,14 @@ template <int C>
 void transform_gradients(const float* dy, Images images, int64_t first, int count,
                          Block<C>& block) {
     images.visit_tiles(first, count, [&](int tile, int64_t pixel, int, int) {
-        for (int c = 0; c < C; c += LANES) {
-            Vector rows[SIDE][TILE];  // A dy
-            for (int j = 0; j < TILE; j++) {
-                const float* in = dy + (pixel + j) * C + c;
-                Vector d[TILE], points[SIDE];
-                for (int i = 0; i < TILE; i++) d[i] = load(in + i * images.width * C);
-                transform_gradient(d, points);
-                for (int i = 0; i < SIDE; i++) rows[i][j] = points[i];
-            }
-            for (int i = 0; i < SIDE; i++) {
-                Vector points[SIDE];
-                transform_gradient(rows[i], points);
-                for (int j = 0; j < SIDE; j++) store(points[j], block.at(SIDE * i + j, tile) + c);
-            }
-        }
+        for (int c = 0; c < C; c += LANES)
+            transform_tile(
+                transform_gradient,
+                [&](int j, Vector* d) {
+                    const float* in = dy + (pixel + j) * C + c;
+                    for (int i = 0; i < TILE; i++) d[i] = load(in + i * images.width * C);
+                },
+                [&](int i, int j, Vector d) { store(d, block.at(SIDE * i + j, tile) + c); });
     });
 }
 
@@ -256,21 +251,14 @@ void transform_filters(const float* weight, bool backward, float* u, int threads
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int o = 0; o < C; o++) {
         float out[POINTS][C];
-        for (int i = 0; i < C; i += LANES) {
-            Vector rows[SIDE][3];  // G g
-            for (int x = 0; x < 3; x++) {
-                const float* taps = weight + (o * 9 + (backward ? 2 - x : x)) * C + i;
-                Vector first = load(taps), last = load(taps + 6 * C), points[SIDE];
-                if (backward) std::swap(first, last);
-                transform_filter({first, load(taps + 3 * C), last}, points);
-                for (int y = 0; y < SIDE; y++) rows[y][x] = points[y];
-            }
-            for (int y = 0; y < SIDE; y++) {
-                Vector points[SIDE];
-                transform_filter(rows[y], points);
-                for (int x = 0; x < SIDE; x++) store(points[x], &out[SIDE * y + x][i]);
-            }
-        }
+        for (int i = 0; i < C; i += LANES)
+            transform_tile(
+                transform_filter,
+                [&](int x, Vector* g) {
+                    for (int tap = x, y = 0; y < 3; y++, tap += 3)
+                        g[y] = load(weight + (o * 9 + (backward ? 8 - tap : tap)) * C + i);
+                },
+                [&](int y, int x, Vector g) { store(g, &out[SIDE * y + x][i]); });
         for (int point = 0; point < POINTS; point++)
             for (int i = 0; i < C; i++)
                 u[point * C * C + (backward ? o * C + i : i * C + o)] = out[point][i];
@@ -316,22 +304,15 @@ struct Sums {
 
 // G^T u G, as filters are.
 template <int C>
-void transform_sums(Sums<C>& u, float* filters) {
+void transform_all_sums(Sums<C>& u, float* filters) {
     for (int o = 0; o < C; o++)
-        for (int i = 0; i < C; i += LANES) {
-            Vector rows[3][SIDE];
-            for (int x = 0; x < SIDE; x++) {
-                Vector column[SIDE], taps[3];
-                for (int y = 0; y < SIDE; y++) column[y] = load(u.at(SIDE * y + x, o) + i);
-                transform_sums(column, taps);
-                for (int y = 0; y < 3; y++) rows[y][x] = taps[y];
-            }
-            for (int y = 0; y < 3; y++) {
-                Vector taps[3];
-                transform_sums(rows[y], taps);
-                for (int x = 0; x < 3; x++) store(taps[x], filters + (o * 9 + 3 * y + x) * C + i);
-            }
-        }
+        for (int i = 0; i < C; i += LANES)
+            transform_tile(
+                transform_sums,
+                [&](int x, Vector* column) {
+                    for (int y = 0; y < SIDE; y++) column[y] = load(u.at(SIDE * y + x, o) + i);
+                },
+                [&](int y, int x, Vector g) { store(g, filters + (o * 9 + 3 * y + x) * C + i); });
 }
 
 template <int C>
@@ -346,7 +327,7 @@ void weigh(const float* x, const float* dy, float* dweight, Images images, int t
 #pragma omp for schedule(static)
         for (int part = 0; part < PARTS; part++) {
             int64_t begin = tiles * part / PARTS, end = tiles * (part + 1) / PARTS;
-            if (begin == end) *sums = {};
+            if (begin == end) std::fill_n(sums->values, POINTS * Sums<C>::POINT, 0.f);
             for (int64_t first = begin; first < end; first += TILES) {
                 int count = std::min<int64_t>(TILES, end - first);
                 transform_inputs<C>(x, images, first, count, in);
@@ -363,7 +344,7 @@ void weigh(const float* x, const float* dy, float* dweight, Images images, int t
                                                      count, adds);
                 }
             }
-            transform_sums<C>(*sums, &parts[part * FILTERS]);
+            transform_all_sums<C>(*sums, &parts[part * FILTERS]);
         }
 #pragma omp for schedule(static)
         for (int tap = 0; tap < 9 * C; tap++)
