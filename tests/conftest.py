@@ -119,9 +119,9 @@ def use_small_network(patch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def small_network(request, monkeypatch) -> None:
     """What a stage does around its network does not depend on its depth. ResNet-32 itself is
-    trained where this is overridden, on real images, on a GPU and by `.ci/run`.
+    trained where this is overridden, on a GPU and, on real images too, by `.ci/run`.
     """
-    if not any(map(request.node.get_closest_marker, ("real", "gpu"))):
+    if not request.node.get_closest_marker("gpu"):
         use_small_network(monkeypatch)
 
 

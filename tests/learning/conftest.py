@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from longtail_experts.learning import compiled as compiled_module
 from longtail_experts.learning import compiled_conv as conv_module
 from longtail_experts.learning import compiled_norm as norm_module
 from longtail_experts.learning import compiler
+from longtail_experts.learning.step import DTYPES
 
 
 @pytest.fixture
@@ -24,15 +27,29 @@ def one_thread():
 @pytest.fixture
 def compiles_anew(monkeypatch):
     """What a test changes is compiled, fast, and forgotten."""
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(compiler, "FLAGS", ("-std=c++17", "-O1", "-fopenmp"))
-    forget_what_is_compiled()
-    yield
-    forget_what_is_compiled()
+    yield from compiles_fast(
+        monkeypatch, compiler.compiled, compiler._begun, compiler._openmp_libraries_at_first
+    )
 
 
-def forget_what_is_compiled() -> None:
-    caches = (compiler.compiled, compiler._begun, compiler._openmp_libraries_at_first)
+@pytest.fixture
+def compiles_one_anew(monkeypatch):
+    """A source that a test puts in the place of one of ours; the other one stays as it is."""
+    for dtype in DTYPES.values():
+        norm_module._library(dtype)
+    conv_module._library()
+    yield from compiles_fast(monkeypatch)
+
+
+def compiles_fast(patch: pytest.MonkeyPatch, *caches) -> Iterator[None]:
+    patch.delenv("CXX", raising=False)
+    patch.setattr(compiler, "FLAGS", ("-std=c++17", "-O0", "-fopenmp"))
     caches += (compiled_module._why_not, norm_module._library, conv_module._library)
+    forget(caches)
+    yield
+    forget(caches)
+
+
+def forget(caches) -> None:
     for cache in caches:
         cache.cache_clear()

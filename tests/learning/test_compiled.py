@@ -307,7 +307,7 @@ def test_libraries_of_threads_are_found():
     ],
 )
 def test_what_computes_something_else_is_refused(
-    right, wrong, compiles_anew, monkeypatch, tmp_path
+    right, wrong, compiles_one_anew, monkeypatch, tmp_path
 ):
     (module,) = (m for m in (norm_module, conv_module) if right in m.SOURCE.read_text())
     precision = "bf16" if module is norm_module and "float& at" not in right else "fp32"

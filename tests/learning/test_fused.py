@@ -120,7 +120,7 @@ def require_same_convolutions(
         assert conv.weight.grad.dtype == torch.float32
 
 
-def require_same_pairs(device: str, dtype: torch.dtype, tolerance: float) -> None:
+def require_same_pairs(device: str, dtype: torch.dtype, tolerance: float, side: int) -> None:
     """Batch norm and the convolution after it, which sums up gradients for it; and the norm after
     that, which gets its moments."""
     for c_out, size, stride, relu in ((16, 3, 1, True), (32, 3, 2, True), (16, 1, 1, False)):
@@ -129,7 +129,7 @@ def require_same_pairs(device: str, dtype: torch.dtype, tolerance: float) -> Non
         pair = NormThenConv(Norm(16, relu), conv).to(device, memory_format=torch.channels_last)
         torch.nn.init.normal_(pair.norm.bias)
         x, added = (
-            torch.randn(6, 16, 16, 16).to(device, dtype, memory_format=torch.channels_last)
+            torch.randn(6, 16, side, side).to(device, dtype, memory_format=torch.channels_last)
             for _ in range(2)
         )
         for inputs in ([x], [x, added]):
@@ -195,7 +195,7 @@ def interpreted() -> None:
     require_same_norms("cpu", torch.float32, 1e-5)
     require_same_convolutions("cpu", torch.float32, 1e-5)
     require_same_convolutions("cpu", torch.float16, 1e-3, CONVS[::3])  # stands in for bf16
-    require_same_pairs("cpu", torch.float32, 1e-5)
+    require_same_pairs("cpu", torch.float32, 1e-5, side=8)
     require_other_gradients_are_summed_up_again("cpu", torch.float32)
     require_the_network_sums_up_what_it_must()
     require_a_wrong_kernel_is_found()
@@ -458,7 +458,7 @@ def test_on_a_gpu_kernels_equal_pytorchs_operators(dtype, tolerance):
     require_same_norms("cuda", dtype, tolerance)
     if dtype == torch.bfloat16:  # the only one that takes them
         require_same_convolutions("cuda", dtype, tolerance)
-        require_same_pairs("cuda", dtype, fused_module.LAYER_APART)
+        require_same_pairs("cuda", dtype, fused_module.LAYER_APART, side=16)
 
 
 @pytest.mark.gpu

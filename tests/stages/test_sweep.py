@@ -19,10 +19,12 @@ from types import SimpleNamespace
 import mlflow
 import psutil
 import pytest
+import quick_trials
 import yaml
 from conftest import OTHER, arguments_of, use_store
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from quick_trials import quick_trial
 from reliability.harness import Training, journal_lines, wait_until
 
 from longtail_experts.cli import main
@@ -191,14 +193,14 @@ def runs(stage: str) -> list:
 BRIEF = {"weight_decay": 0.5, "epochs": 2, "lr": 0.01}
 
 
-@pytest.fixture
-def small_network():
-    """Not here: other processes train too."""
-
-
 def logits_of(run) -> dict[str, bytes]:
     folder = Path(run.info.artifact_uri.removeprefix("file://")) / "logits"
     return {path.name: path.read_bytes() for path in folder.glob("*.npz")}
+
+
+def use_quick_trials(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sweep_stage, "run_trial", quick_trial)
+    patch.setenv("PYTHONPATH", str(Path(quick_trials.__file__).parent))  # for Ray's workers
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,7 @@ def swept(tmp_path_factory, migrated_database, tiny_arguments) -> dict:
     file = write(folder, fixed=fixed, grid={"lr": [100, 0.01], "loss": ["ce", "logit_adjust"]})
     with pytest.MonkeyPatch.context() as patch:
         use_store(folder, migrated_database, patch)
+        use_quick_trials(patch)
         code = main(["sweep", "--sweep", file])
         (parent,) = runs("sweep")
         return {"folder": folder, "file": file, "code": code, "parent": parent.info.run_id}
@@ -218,6 +221,7 @@ def swept(tmp_path_factory, migrated_database, tiny_arguments) -> dict:
 @pytest.fixture
 def swept_store(swept, monkeypatch) -> dict:
     monkeypatch.chdir(swept["folder"])
+    use_quick_trials(monkeypatch)
     database = swept["folder"] / "mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
