@@ -239,7 +239,7 @@ class Run:
         """Milliseconds since 1970."""
         return self.client.get_run(self.run_id).info.start_time
 
-    @property
+    @cached_property
     def experiment_id(self) -> str:
         return self.client.get_run(self.run_id).info.experiment_id
 
