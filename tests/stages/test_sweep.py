@@ -200,7 +200,8 @@ def logits_of(run) -> dict[str, bytes]:
 
 def use_quick_trials(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sweep_stage, "run_trial", quick_trial)
-    patch.setenv("PYTHONPATH", str(Path(quick_trials.__file__).parent))  # for Ray's workers
+    here = str(Path(quick_trials.__file__).parent)
+    patch.setenv("PYTHONPATH", here, prepend=os.pathsep)  # Ray's workers look there
 
 
 @pytest.fixture(scope="module")
