@@ -24,7 +24,6 @@ import yaml
 from conftest import OTHER, arguments_of, use_store
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from quick_trials import quick_trial
 from reliability.harness import Training, journal_lines, wait_until
 
 from longtail_experts.cli import main
@@ -199,7 +198,7 @@ def logits_of(run) -> dict[str, bytes]:
 
 
 def use_quick_trials(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sweep_stage, "run_trial", quick_trial)
+    patch.setattr(sweep_stage, "run_trial", quick_trials.quick_trial)
     here = str(Path(quick_trials.__file__).parent)
     patch.setenv("PYTHONPATH", here, prepend=os.pathsep)  # Ray's workers look there
 
