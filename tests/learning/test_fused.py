@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -363,8 +364,8 @@ def compiled_for_a_gpu_that_is_not_here() -> None:
     """Triton needs none to compile, only to start what it compiled: that would raise here."""
     import triton.compiler
     from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime._async_compile import active_mode
+    from triton.runtime import _async_compile, driver
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
     gpu = {"target": GPUTarget("cuda", 90, 32), "device": 0}
     driver.set_active(
@@ -373,31 +374,62 @@ def compiled_for_a_gpu_that_is_not_here() -> None:
             get_current_stream=lambda device: 0,
         )
     )
-    fails, seen, compile_it = [True], [], triton.compiler.compile
+    seen, compile_it, submit = [], triton.compiler.compile, AsyncCompileMode.submit
+    interruption = threading.Event()
+
+    def fail(*arguments, **settings):
+        raise RuntimeError("PTX is not what it was")
+
+    def fail_late(*arguments, **settings):
+        interruption.wait(60)
+        time.sleep(0.5)
+        fail()
+
+    compiles = [fail]  # what is patched is kept by Triton from its first kernel on
 
     def noting(*arguments, **settings):
         seen.append((threading.current_thread().name.rstrip("_0123456789"), gc.isenabled()))
-        if fails[0]:
-            raise RuntimeError("PTX is not what it was")
-        return compile_it(*arguments, **settings)
+        return compiles[0](*arguments, **settings)
+
+    def interrupted(futures):
+        interruption.set()
+        raise KeyboardInterrupt
+
+    def keeping_failures(mode, key, compile_it, finish, *clean_up):  # as Triton 3.7 and 3.8 do
+        return submit(mode, key, compile_it, finish, *(lambda failed: None for _ in clean_up))
 
     def kernels(model):
         return {m: kernel_of(m) for m in model.modules() if kernel_of(m) is not None}
 
-    pair = NormThenConv(Norm(16), Conv(16, 16)).to(memory_format=torch.channels_last)
-    images = torch.randn(2, 16, 8, 8).to(torch.bfloat16, memory_format=torch.channels_last)
-    images.moments = fused_module.moments_of(images)
+    def pair_of(channels):
+        pair = NormThenConv(Norm(channels), Conv(channels, channels))
+        images = torch.randn(2, channels, 8, 8).to(torch.bfloat16)
+        images = images.to(memory_format=torch.channels_last)
+        images.moments = fused_module.moments_of(images)
+        return pair.to(memory_format=torch.channels_last), [images]
+
     num_kernels = 6  # a layer's output, gradient of its input; of weights, in two
     with (
         mock.patch.object(fused_module, "fusible", kernels),
         mock.patch.object(triton.compiler, "compile", noting),
+        mock.patch.object(AsyncCompileMode, "submit", keeping_failures),
     ):
-        for fails[0], expected in ((True, num_kernels), (False, num_kernels), (False, 0)):
+        rounds = (fail, num_kernels), (compile_it, num_kernels), (compile_it, 0)
+        for compiles[0], expected in rounds:
             seen.clear()
-            fused_module.compile_together([(pair, [images])])
+            fused_module.compile_together([pair_of(16)])
             assert seen == [("compile", False)] * expected
             assert active_mode.get() is None
             assert gc.isenabled()
+
+        compiles[0] = fail_late
+        with (
+            mock.patch.object(fused_module, "COMPILERS", 1),
+            mock.patch.object(_async_compile, "as_completed", interrupted),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            fused_module.compile_together([pair_of(32)])
+        assert seen == [("compile", False)]  # the others are not waited for
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="PyTorch comes without Triton here")

@@ -14,7 +14,7 @@ Triton comes with PyTorch's builds for CUDA on Linux. TRITON_INTERPRET=1 runs al
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,7 +36,8 @@ NUM_WARPS = 4
 # puts it back to 0.
 _arrived: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
-_compiles_alone: ContextVar[bool] = ContextVar("compiles_alone", default=False)
+# Where kernels are compiled without being started: which.
+_compiled_alone: ContextVar[set[Any] | None] = ContextVar("compiled_alone", default=None)
 
 
 @dataclass
@@ -416,10 +417,12 @@ def _tiles(x: Tensor) -> tuple[int, int, dict[str, int]]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Start a kernel; in `compiled_together` compile it alone."""
-    if _compiles_alone.get():
-        kernel.warmup(*arguments, grid=grid, **constants)
-    else:
+    compiled = _compiled_alone.get()
+    if compiled is None:
         kernel[grid](*arguments, **constants)
+    else:
+        compiled.add(kernel)
+        kernel.warmup(*arguments, grid=grid, **constants)
 
 
 @contextmanager
@@ -442,16 +445,28 @@ def compiled_together(num_threads: int) -> Iterator[None]:
     threads. Nor is `ast.parse`, which Triton calls for every kernel, before Python 3.11.8: where
     the collection of garbage lets another thread in, it raises SystemError (CPython gh-106905).
     """
-    with (
-        _no_garbage_collected(),
-        ThreadPoolExecutor(num_threads, "compile") as threads,
-        triton.AsyncCompileMode(threads, ignore_errors=True),  # whoever starts one meets its own
-    ):
-        token = _compiles_alone.set(True)
+    kernels: set[Any] = set()
+    with _no_garbage_collected(), ThreadPoolExecutor(num_threads, "compile") as threads:
+        token = _compiled_alone.set(kernels)
         try:
-            yield
+            with triton.AsyncCompileMode(threads, ignore_errors=True):
+                yield
+        except BaseException:  # a signal above all: those under way are enough to wait for
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
         finally:
-            _compiles_alone.reset(token)
+            _compiled_alone.reset(token)
+            _forget_failures(kernels)
+
+
+def _forget_failures(kernels: Iterable[Any]) -> None:
+    """Whoever starts such a kernel compiles it, and meets an error of its own. Triton 3.7 and 3.8
+    would raise that of the thread, every time."""
+    for kernel in kernels:
+        for of_device, *_ in kernel.device_caches.values():
+            for key, found in list(of_device.items()):
+                if isinstance(found, triton.FutureKernel) and found.kernel is None:
+                    del of_device[key]
 
 
 def counter_of(layer: nn.Module) -> Tensor:
