@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -413,6 +414,7 @@ def compiled_for_a_gpu_that_is_not_here() -> None:
         mock.patch.object(fused_module, "fusible", kernels),
         mock.patch.object(triton.compiler, "compile", noting),
         mock.patch.object(AsyncCompileMode, "submit", keeping_failures),
+        warnings.catch_warnings(action="error"),
     ):
         rounds = (fail, num_kernels), (compile_it, num_kernels), (compile_it, 0)
         for compiles[0], expected in rounds:

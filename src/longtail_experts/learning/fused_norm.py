@@ -417,12 +417,14 @@ def _tiles(x: Tensor) -> tuple[int, int, dict[str, int]]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Start a kernel; in `compiled_together` compile it alone."""
+    # Triton's default before 3.10; 3.9 warns where it is not said.
+    settings = {"enable_fp_fusion": True, **constants}
     compiled = _compiled_alone.get()
     if compiled is None:
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **settings)
     else:
         compiled.add(kernel)
-        kernel.warmup(*arguments, grid=grid, **constants)
+        kernel.warmup(*arguments, grid=grid, **settings)
 
 
 @contextmanager
