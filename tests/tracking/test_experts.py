@@ -62,6 +62,10 @@ def test_reliability_is_drawn_under_the_prior_of_the_split(monkeypatch):
             {"resumed": "1", "resumed.git.commit": 40 * "b", "resumed.device": "cuda"},
             "; resumed once with device `cuda`, git.commit `bbbbbbbbbbbb`",
         ),
+        (
+            {"resumed": "2", "resumed.git.commit": f"{40 * 'b'}, {40 * 'c'}"},
+            "; resumed 2 times with git.commit `bbbbbbbbbbbb`, `cccccccccccc`",
+        ),
         ({"calibrated.torch": "2.11.0"}, "; calibrated with torch `2.11.0`"),
     ],
 )
@@ -69,6 +73,19 @@ def test_the_page_says_where_and_by_which_code_every_part_was_made(later, words)
     tags = {"device": "cpu", "precision": "bf16", "git.commit": 40 * "a", "git.dirty": "true"}
     begun = "- on cpu, bf16; commit `aaaaaaaaaaaa` with uncommitted changes"
     assert experts.machine_and_commit(tags | later) == begun + words
+
+
+def test_a_run_that_is_resumed_by_several_commits_names_all_that_it_was_not_begun_with(
+    monkeypatch,
+):
+    run = SimpleNamespace(tags={"git.commit": "a", "device": "cuda"})
+    for number, commit in enumerate(["a", "b", "c", "b", "a"], start=1):
+        now = {"git.commit": commit, "device": "cuda"}
+        monkeypatch.setattr(experts, "machine_tags", lambda _, now=now: now)
+        run.tags |= experts.tags_of_resumed(run, config=None)
+        assert run.tags["resumed"] == str(number)
+    assert run.tags["resumed.git.commit"] == "b, c"
+    assert "resumed.device" not in run.tags
 
 
 @pytest.mark.parametrize(

@@ -108,13 +108,17 @@ def train_expert(run_: Run, config: Config, data: Dataset) -> None:
                 flush=True,
             )
         train_epochs(recorder, state, selection, first_epoch, config, data, lr_of)
-        best, is_complete = selection.best, state.step == config.epochs * steps_per_epoch
-        recorder.log_points((f"best/{name}", value, best["step"]) for name, value in best.items())
         peak = peak_memory_bytes(config.device)
-        recorder.log_points([("peak_memory_bytes", peak, state.step - 1)])
         print(f"{config.loss}: peak memory {peak / 1e6:.0f} MB ({config.device})", flush=True)
         with beside_the_others():  # who need not wait for a store that is away
+            recorder.finish()  # first the checkpoint that the following is said of
+            best = selection.best
+            recorder.log_points(
+                (f"best/{name}", value, best["step"]) for name, value in best.items()
+            )
+            recorder.log_points([("peak_memory_bytes", peak, state.step - 1)])
             recorder.finish()
+        is_complete = state.step == config.epochs * steps_per_epoch
         training = "complete" if is_complete else "early_stopped"
         run_.set_tags({"training": training, "step_path": state.path})
         recorder.forget()

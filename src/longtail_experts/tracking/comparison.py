@@ -362,7 +362,10 @@ def where_trained(tags: Mapping[str, str]) -> dict[str, str]:
     """Of a run's tags: on what, and by which code, it was trained and calibrated."""
     later = ("resumed", "calibrated.")
     found = {n: v for n, v in tags.items() if n in WHERE_TRAINED or n.startswith(later)}
-    return {n: v[:12] if n.endswith("code_sha256") else v for n, v in found.items()}
+    return {
+        n: ", ".join(one[:12] for one in v.split(", ")) if n.endswith("code_sha256") else v
+        for n, v in found.items()
+    }
 
 
 def differences(members: Sequence[Member]) -> dict[str, list[str]]:

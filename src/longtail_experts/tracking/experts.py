@@ -28,14 +28,13 @@ from longtail_experts.learning.metrics import (
 from longtail_experts.tracking import charts, figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.drawing import draw
-from longtail_experts.tracking.identity import code_sha256, processor
+from longtail_experts.tracking.identity import code_sha256, git_tags, processor
 from longtail_experts.tracking.logits import read_logits, require_training_ended
 from longtail_experts.tracking.runs import (
     Run,
     RunError,
     address_of_picture,
     claimed_from_its_start,
-    git_tags,
     launched_run,
     link_to,
     link_to_artifact,
@@ -88,10 +87,14 @@ def start_expert_run(
 
 
 def tags_of_resumed(run: Run, config: Config) -> dict[str, str]:
-    """How often a run was resumed, and with which code and device where they are others."""
+    """How often a run was resumed, and with which code and devices that it was not begun with: all
+    of them, in their order."""
     before = run.tags
-    times = str(int(before.get("resumed", "0")) + 1)
-    return {"resumed": times} | tags_that_differ("resumed", before, config)
+    found = {"resumed": str(int(before.get("resumed", "0")) + 1)}
+    for name, value in tags_that_differ("resumed", before, config).items():
+        earlier = before[name].split(", ") if name in before else []
+        found[name] = ", ".join(dict.fromkeys([*earlier, value]))
+    return found
 
 
 def tags_that_differ(since: str, before: Mapping[str, str], config: Config) -> dict[str, str]:
@@ -538,7 +541,11 @@ def machine_and_commit(tags: Mapping[str, str]) -> str:
 def later(stage: str, tags: Mapping[str, str]) -> str:
     """What tags say was different when the stage went on."""
     names = sorted(name for name in tags if name.startswith(f"{stage}."))
-    told = ", ".join(f"{name.removeprefix(f'{stage}.')} `{tags[name][:12]}`" for name in names)
+    told = ", ".join(
+        f"{name.removeprefix(f'{stage}.')} "
+        + ", ".join(f"`{value[:12]}`" for value in tags[name].split(", "))
+        for name in names
+    )
     return f" with {told}" if told else ""
 
 

@@ -1,7 +1,9 @@
 """Which source decides an expert's figures, and which processor computes them."""
 
 import hashlib
+import os
 import platform
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +32,35 @@ def code_sha256() -> str:
         text = path.read_text(encoding="utf-8")  # with any line ends
         digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(text)}\n{text}".encode())
     return digest.hexdigest()
+
+
+@cache
+def git_tags() -> dict[str, str]:
+    """Commit of the source and whether it was changed since, when the process first asks: what is
+    committed while it trains is not what it imported.
+
+    Nothing outside a repository, and nothing of one that merely surrounds it, as that of a virtual
+    environment's project.
+    """
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # set where a hook runs this
+
+    def git(*arguments: str) -> str:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            env={name: value for name, value in os.environ.items() if name not in elsewhere},
+        )
+        return answer.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git.commit": commit, "git.dirty": str(bool(changes)).lower()}
 
 
 def processor(device: str) -> str:

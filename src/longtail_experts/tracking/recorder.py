@@ -317,4 +317,4 @@ def deliver_left_over(run: Run) -> int:
 def _drop_torn_line(journal: Path) -> None:
     """So that what is appended next does not join a line cut off by a crash."""
     if journal.exists() and (text := journal.read_bytes()) and not text.endswith(b"\n"):
-        journal.write_bytes(text[: text.rfind(b"\n") + 1])
+        os.truncate(journal, text.rfind(b"\n") + 1)

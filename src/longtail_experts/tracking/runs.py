@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -632,27 +631,3 @@ def require_room(run: Run, folder: Path, needed: int) -> None:
                 f"{place}: {free / 1e6:.0f} MB free, and the run writes about "
                 f"{needed / 1e6:.0f} MB: make room first"
             )
-
-
-def git_tags() -> dict[str, str]:
-    """Commit of the source and whether it was changed since; nothing outside a repository, and
-    nothing of one that merely surrounds it, as that of a virtual environment's project."""
-    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # set where a hook runs this
-
-    def git(*arguments: str) -> str:
-        answer = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-            env={name: value for name, value in os.environ.items() if name not in elsewhere},
-        )
-        return answer.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"git.commit": commit, "git.dirty": str(bool(changes)).lower()}

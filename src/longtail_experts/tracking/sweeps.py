@@ -15,13 +15,12 @@ from longtail_experts.config import ConfigError, load_config
 from longtail_experts.tracking import report, stale
 from longtail_experts.tracking.comparison import experiment_id
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
-from longtail_experts.tracking.identity import code_sha256
+from longtail_experts.tracking.identity import code_sha256, git_tags
 from longtail_experts.tracking.patience import PatientClient
 from longtail_experts.tracking.processes import is_alive, is_on_this_host
 from longtail_experts.tracking.runs import (
     Run,
     RunError,
-    git_tags,
     launched_run_id,
     open_run,
     start_run,
