@@ -20,7 +20,7 @@ from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.tracking import model as model_module
 from longtail_experts.tracking import patience
 from longtail_experts.tracking.model import CalibratedExpert, exported, prepare_expert_model
-from longtail_experts.tracking.runs import start_run
+from longtail_experts.tracking.runs import Run, start_run
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -153,6 +153,31 @@ def test_the_model_opens_without_this_project(model_uri, expected, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "probabilities.npy"), uniform[:4], atol=1e-4)
 
 
+def log_small_model(run: Run, temperature: float = 1.0) -> None:
+    model_module.log_expert_model(
+        run,
+        build_resnet32(5, "pad", 0).eval(),
+        torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
+        temperature=temperature,
+        log_offset=torch.zeros(5),
+        prior=torch.ones(5) / 5,
+        step=0,
+    )
+
+
+def test_a_model_of_another_temperature_is_replaced(store):
+    """The calibration was cut off after it, and gone on with by other code."""
+    with start_run("a", {}) as run:
+        seen = []
+        for temperature in (1.5, 1.5, 2.0):
+            log_small_model(run, temperature)
+            (logged,) = run.logged_models
+            seen.append((logged.model_id, logged.params["temperature"]))
+    assert seen[0] == seen[1]
+    assert seen[1][0] != seen[2][0]
+    assert seen[2][1] == "2.0"
+
+
 def test_a_model_is_logged_once_the_store_is_back(store, monkeypatch):
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
     log, left = model_module.Model.log, [2]
@@ -165,15 +190,7 @@ def test_a_model_is_logged_once_the_store_is_back(store, monkeypatch):
 
     with monkeypatch.context() as patch, start_run("a", {}) as run:
         patch.setattr(model_module.Model, "log", away)
-        model_module.log_expert_model(
-            run,
-            build_resnet32(5, "pad", 0).eval(),
-            torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
-            temperature=1.0,
-            log_offset=torch.zeros(5),
-            prior=torch.ones(5) / 5,
-            step=0,
-        )
+        log_small_model(run)
     assert left == [0]
     (logged,) = run.logged_models
     assert logged.status == LoggedModelStatus.READY

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -108,10 +109,12 @@ def log_expert_model(
     """Log the expert to the run, whatever its status; images uint8 [2, 32, 32, 3] are the example.
 
     An exported program, so that opening it runs no pickle and needs no code of this project.
-    Probabilities are float32 [N, C]. A run has one: a model that is whole already is left alone,
-    what is left of one that was cut off is deleted.
+    Probabilities are float32 [N, C]. A run has one: a model that is whole already and has this
+    temperature is left alone; what is left of one that was cut off, or of a calibration by other
+    code, is deleted.
     """
-    if _is_logged(run):
+    params = {"temperature": repr(temperature)}
+    if _is_logged(run, params):
         return
     expert = CalibratedExpert(network.cpu(), temperature, log_offset, prior).eval()
     program = exported(expert, images)
@@ -122,7 +125,7 @@ def log_expert_model(
     )
 
     def log_whole() -> None:
-        if _is_logged(run):
+        if _is_logged(run, params):
             return
         Model.log(
             artifact_path=None,
@@ -131,6 +134,7 @@ def log_expert_model(
             flavor_name="pytorch",
             run_id=run.run_id,
             step=step,
+            params=params,
             program=program,
             pytorch_model=expert,
             signature=signature,
@@ -151,10 +155,10 @@ def _requirements() -> list[str]:
     return [f"{name}=={version.split('+')[0]}" for name, version in versions.items()]
 
 
-def _is_logged(run: Run) -> bool:
-    """Whether the run has its model; what is left of one that was cut off is deleted."""
+def _is_logged(run: Run, params: Mapping[str, str]) -> bool:
+    """Whether the run has its model, with these params; any other is deleted."""
     for begun in run.logged_models:
-        if begun.status == LoggedModelStatus.READY:
+        if begun.status == LoggedModelStatus.READY and params.items() <= begun.params.items():
             return True
         run.client.delete_logged_model(begun.model_id)
     return False
