@@ -123,7 +123,7 @@ def learning_curves(
         "The same by frequency (images)": dict(by_frequency),
     }
     rows = 1 + any(histories.get(f"val/{group}_accuracy") for group in MARKS)
-    figure, axes = new_axes(2, 6.4, 2.5 * rows, rows, font_size=8)
+    figure, axes = new_axes(2, 6.4, 2.7 * rows, rows, font_size=8)
     rates, losses = histories["lr"], histories["train/loss"]
     last_step = losses[-1][0]
     steps, values = zip(*rates, (last_step, rates[-1][1]), strict=True)
@@ -143,10 +143,12 @@ def learning_curves(
         ax.set_ylim(bottom=0)
         if best_step is not None:
             ax.axvline(best_step, color=BEFORE, lw=1, ls=":", label="chosen checkpoint")
-        ax.legend(fontsize=7)
+        # Below the curves, which leave it no corner: they begin low and cross the middle.
+        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     for ax in axes:
         ax.set_xlabel("optimiser step")
         ax.set_xlim(left=0)
+        ax.locator_params(axis="x", nbins=5)  # numbers of steps are wide
     save(figure, path, dpi=100)
 
 
