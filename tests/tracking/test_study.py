@@ -101,6 +101,13 @@ def test_differences_that_do_not_vary_are_not_marked(differences, is_marked):
     assert study_report.is_apart_from_0(found) is is_marked
 
 
+def test_all_commits_of_several_resumes_are_told():
+    commits = f"{40 * 'b'}, {40 * 'c'}"
+    told = study_report.shortened("resumed.git.commit", commits)
+    assert told == f"{12 * 'b'}, {12 * 'c'}"
+    assert study_report.shortened("processor", commits) == commits
+
+
 @pytest.mark.parametrize(
     ("loss", "name", "values"),
     [

@@ -28,6 +28,7 @@ from longtail_experts.learning.metrics import (
 )
 from longtail_experts.tracking import report
 from longtail_experts.tracking.experts import recorded_config
+from longtail_experts.tracking.identity import shortened_hashes
 from longtail_experts.tracking.logits import ExpertLogits, read_logits, require_calibrated
 from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_run, store_to_read
 
@@ -362,10 +363,7 @@ def where_trained(tags: Mapping[str, str]) -> dict[str, str]:
     """Of a run's tags: on what, and by which code, it was trained and calibrated."""
     later = ("resumed", "calibrated.")
     found = {n: v for n, v in tags.items() if n in WHERE_TRAINED or n.startswith(later)}
-    return {
-        n: ", ".join(one[:12] for one in v.split(", ")) if n.endswith("code_sha256") else v
-        for n, v in found.items()
-    }
+    return {n: shortened_hashes(v) if n.endswith("code_sha256") else v for n, v in found.items()}
 
 
 def differences(members: Sequence[Member]) -> dict[str, list[str]]:

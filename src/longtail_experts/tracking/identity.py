@@ -63,6 +63,11 @@ def git_tags() -> dict[str, str]:
     return {"git.commit": commit, "git.dirty": str(bool(changes)).lower()}
 
 
+def shortened_hashes(tag: str) -> str:
+    """The first characters of a commit or hash; of each, where a run was resumed by several."""
+    return ", ".join(one[:12] for one in tag.split(", "))
+
+
 def processor(device: str) -> str:
     """Its name, as the driver of the GPU or the system has it."""
     if device == "cuda":

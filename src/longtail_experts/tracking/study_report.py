@@ -18,6 +18,7 @@ from longtail_experts.tracking.comparison_report import (
     plain,
 )
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
+from longtail_experts.tracking.identity import shortened_hashes
 from longtail_experts.tracking.runs import Run, link_to_artifact
 from longtail_experts.tracking.study import (
     REFERENCE,
@@ -208,7 +209,7 @@ def about_runs(study: Study) -> list[Section]:
 
 
 def shortened(name: str, value: str) -> str:
-    return value[:12] if name.endswith("git.commit") else value
+    return shortened_hashes(value) if name.endswith("git.commit") else value
 
 
 def how_to_read(study: Study) -> str:
