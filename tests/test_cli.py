@@ -1,8 +1,11 @@
 """Bad input: one line of ours, exit code 2, no store touched."""
 
+import gc
 import io
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -242,3 +245,54 @@ def test_a_command_whose_output_nobody_reads_ends_as_it_would(monkeypatch):
 def test_a_command_without_streams_ends_as_it_would(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     assert main(["main", "--epoch", "2"]) == 2
+
+
+ENDS = """
+import atexit, runpy, sys
+from longtail_experts import cli
+
+class Imported:
+    def __del__(self):
+        print("taken apart")
+
+imported = Imported()
+
+def main(arguments):
+    atexit.register(print, "what others have to do at the end")
+    print("done")
+    {ends}
+
+cli.main = main
+runpy.run_module("longtail_experts", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "also"),
+    [
+        ("return 0", 0, []),
+        ("return 130", 130, []),
+        ("sys.exit(2)", 2, ["taken apart"]),
+        ("raise OSError", 1, ["taken apart"]),
+    ],
+)
+def test_a_process_ends_at_once_when_main_has_returned(ends, code, also):
+    """And as others do where it has not. Its output is a pipe, which is written to at the end."""
+    command = [sys.executable, "-c", ENDS.format(ends=ends)]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == code
+    assert ended.stdout.splitlines() == ["done", "what others have to do at the end", *also]
+
+
+def test_what_is_imported_is_not_looked_through_for_garbage(tmp_path, monkeypatch):
+    tmp_path.joinpath("one_more.py").write_text("import gc\nCOLLECTED = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    frozen = []
+    for _ in range(2):
+        with cli._importing():
+            import one_more
+        assert gc.isenabled()
+        assert not one_more.COLLECTED
+        frozen.append(gc.get_freeze_count())
+        gc.unfreeze()
+    assert frozen[0] > 0 == frozen[1]  # nothing came the second time

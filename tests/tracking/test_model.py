@@ -4,13 +4,16 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import importlib_metadata
 import mlflow
 import numpy as np
 import pytest
 import torch
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
+from mlflow.utils import requirements_utils
 
 from longtail_experts import load_expert_logits
 from longtail_experts.data import batches
@@ -176,6 +179,19 @@ def test_a_model_of_another_temperature_is_replaced(store):
     assert seen[0] == seen[1]
     assert seen[1][0] != seen[2][0]
     assert seen[2][1] == "2.0"
+
+
+def test_what_is_installed_is_not_looked_through(store, monkeypatch):
+    """MLflow would, for a second or two, to compare requirements that are the versions at hand."""
+    looked = []
+    monkeypatch.setattr(requirements_utils, "_MODULES_TO_PACKAGES", None)
+    monkeypatch.setattr(importlib_metadata, "packages_distributions", lambda: looked.append(1))
+    with start_run("a", {}) as run:
+        log_small_model(run)
+        (logged,) = run.logged_models
+    assert looked == []
+    named = mlflow.pyfunc.get_model_dependencies(f"models:/{logged.model_id}")
+    assert f"torch=={torch.__version__.split('+')[0]}" in Path(named).read_text().split()
 
 
 def test_a_model_is_logged_once_the_store_is_back(store, monkeypatch):

@@ -88,12 +88,12 @@ def start_training(
     it has layers compiled. That depends on these arguments alone, never on a timing, so that two
     runs of one seed take the same steps.
     """
-    is_repaid = compiles(device, precision, planned_images, fast)
-    is_compiled = is_repaid and _compiles_layers(model, precision)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
+    optimizer = torch.optim.SGD(  # the first one imports for two seconds, while compilers work
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
+    is_repaid = compiles(device, precision, planned_images, fast)
+    is_compiled = is_repaid and _compiles_layers(model, precision)
     recorded = RecordedSteps(fuses=fused) if replays(device, fast) else None
     passes = recorded_passes(device, fast)
     return TrainState(model, optimizer, is_compiled, recorded, passes)

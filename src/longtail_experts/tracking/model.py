@@ -80,9 +80,8 @@ IMPORTED_LATE = ("mlflow.pyfunc", "torch._inductor.ir", "torch.export._trace")
 
 
 def prepare_expert_model(network: nn.Module, num_classes: int) -> None:
-    """Imports, trace, and MLflow's list of what is installed, which `log_expert_model` else makes
-    for the first network of an architecture; the network is on the CPU. For a thread that has
-    nothing else to do."""
+    """Imports and trace, which `log_expert_model` else makes for the first network of an
+    architecture; the network is on the CPU. For a thread that has nothing else to do."""
     network = network.to(memory_format=torch.channels_last)  # as experts come from the device
     for name in IMPORTED_LATE:  # before `own_flags`, for which others may wait
         with contextlib.suppress(ImportError):
@@ -90,10 +89,6 @@ def prepare_expert_model(network: nn.Module, num_classes: int) -> None:
     nothing = torch.zeros(num_classes)
     expert = CalibratedExpert(network, 1.0, nothing, nothing.exp()).eval()
     _traced(expert, torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
-    # Not among the imports of this module: internal to MLflow, and nothing else needs it.
-    from mlflow.utils.requirements_utils import warn_dependency_requirement_mismatches
-
-    warn_dependency_requirement_mismatches(_requirements())
 
 
 def log_expert_model(
@@ -181,8 +176,14 @@ def _save_model(
     with warnings.catch_warnings():  # of torch.export about weights that share storage; none do
         warnings.filterwarnings("ignore", message="No complete tensor found")
         # It takes a module, and has torch.export trace it; where it no longer did so this way, it
-        # would trace the expert itself.
-        with mock.patch.object(torch.export, "export", return_value=program):
+        # would trace the expert itself. And it looks through all files installed, to compare
+        # requirements that are the versions at hand.
+        with (
+            mock.patch.object(torch.export, "export", return_value=program),
+            mock.patch(
+                "mlflow.utils.environment.warn_dependency_requirement_mismatches", create=True
+            ),
+        ):
             mlflow.pytorch.save_model(path=path, mlflow_model=mlflow_model, **arguments)
     pyfunc = mlflow_model.flavors["python_function"]
     pyfunc["loader_module"] = Path(served_expert.__file__).stem
