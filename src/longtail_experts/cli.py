@@ -24,6 +24,7 @@ from longtail_experts.config import (
     nearest,
     shorten,
 )
+from longtail_experts.learning.garbage import no_garbage_collected
 from longtail_experts.tracking.interrupts import (
     ENDING,
     Terminated,
@@ -378,13 +379,10 @@ def _importing() -> Iterator[None]:
     """What is imported in here, and has come to stay, is never looked through for garbage: a fifth
     of the time that it takes to import MLflow and PyTorch."""
     num_before = len(sys.modules)
-    gc.disable()
-    try:
+    with no_garbage_collected():
         yield
-    finally:
         if len(sys.modules) > num_before:
             gc.freeze()
-        gc.enable()
 
 
 def _finish(work: Callable[[], str]) -> int:

@@ -13,7 +13,6 @@ that comes last adds those of all parts, in their order.
 Triton comes with PyTorch's builds for CUDA on Linux. TRITON_INTERPRET=1 runs all of this on a CPU.
 """
 
-import gc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+
+from longtail_experts.learning.garbage import no_garbage_collected
 
 SUMMED = 8192  # values of which a program makes one part of a sum
 TILE = 4096  # values that a program holds where nothing is summed
@@ -428,17 +429,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 @contextmanager
-def _no_garbage_collected() -> Iterator[None]:
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collected:
-            gc.enable()
-
-
-@contextmanager
 def compiled_together(num_threads: int) -> Iterator[None]:
     """In here `launch` starts nothing in this thread: kernels are compiled, by so many threads, and
     all are at the end; results hold whatever was in memory.
@@ -448,7 +438,7 @@ def compiled_together(num_threads: int) -> Iterator[None]:
     the collection of garbage lets another thread in, it raises SystemError (CPython gh-106905).
     """
     kernels: set[Any] = set()
-    with _no_garbage_collected(), ThreadPoolExecutor(num_threads, "compile") as threads:
+    with no_garbage_collected(), ThreadPoolExecutor(num_threads, "compile") as threads:
         token = _compiled_alone.set(kernels)
         try:
             with triton.AsyncCompileMode(threads, ignore_errors=True):
