@@ -168,7 +168,7 @@ def test_reap_delivers_what_a_killed_training_could_not(
     reason="this kernel lets a test mount no small disk",
 )
 def test_a_disk_that_fills_up_in_mid_run(empty_folder, tiny_arguments, monkeypatch):
-    """A disk of 24 MB with 16 MB taken once training has begun."""
+    """A disk of 40 MB, filled once training has begun."""
     disk = empty_folder / "disk"
     disk.mkdir()
     code = (
