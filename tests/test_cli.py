@@ -188,6 +188,24 @@ def test_a_page_that_says_something_is_left_alone(store, monkeypatch):
     assert tags.items() <= client.get_run(launched).data.tags.items()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "warns"),
+    [
+        (("train", "--epochs", "1"), True),
+        (("main", "--epochs", "1", "--preflight", "false"), True),
+        (("main", "--epochs", "1"), False),  # preflight says so
+        (("train", "--epochs", "1", "--lr_schedule", "cosine"), False),
+        (("data", "--epochs", "1"), False),
+    ],
+)
+def test_milestones_that_will_not_act_are_named_where_they_were_to(
+    empty_folder, caplog, arguments, warns
+):
+    (empty_folder / "empty").mkdir()
+    assert main([*arguments, "--config", "cifar100_lt", "--data_dir", "empty"]) == 2
+    assert ("will not act" in caplog.text) is warns
+
+
 def test_a_store_that_is_away_does_not_hide_the_refusal(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/no/such/folder.db")
     monkeypatch.setenv("MLFLOW_RUN_ID", "1" * 32)

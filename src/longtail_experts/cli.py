@@ -295,7 +295,7 @@ def choose_config(name: str, overrides: dict[str, str]) -> tuple[Config, str | N
 
 def warn_about(config: Config) -> None:
     late = [m for m in config.milestones if m >= config.epochs]
-    if late:
+    if late and config.lr_schedule == "milestones":
         log.warning("milestones=%s lie at or past epochs=%s and will not act", late, config.epochs)
 
 
@@ -345,8 +345,8 @@ def _sweep(name: str, address: str, overrides: dict[str, str]) -> int:
 def _on_config(entry_point: str, config: Config) -> int:
     if entry_point == "train" and config.loss == "all":
         raise ConfigError("loss=all: train takes one loss; main trains all three")
-    if entry_point != "preflight" and not (entry_point == "main" and config.preflight):
-        warn_about(config)  # what preflight says, and more
+    if entry_point == "train" or (entry_point == "main" and not config.preflight):
+        warn_about(config)  # which preflight does, and more
     with _importing():
         from longtail_experts.data.sources import DataError
         from longtail_experts.stages.inputs import load_dataset, prepare, resolve

@@ -160,6 +160,22 @@ def test_the_seed_decides_the_interval_and_nothing_else():
     assert (other.low, other.high) != (first.low, first.high)
 
 
+@pytest.mark.parametrize(("held", "at_once"), [(10**6, 20), (7 * 100 * CLASSES, 7), (1, 1)])
+def test_the_interval_takes_no_more_memory_than_it_may(held, at_once, monkeypatch):
+    logits, targets = synthetic(2.0, LOG_PRIOR, num_images=100)
+    expected = fit_temperature(logits, targets, LOG_PRIOR, bootstrap_seed=1)
+    sizes, slope = [], slope_per_image
+
+    def noted(logits, targets, log_offset, log_t):
+        sizes.append(np.size(log_t))
+        return slope(logits, targets, log_offset, log_t)
+
+    monkeypatch.setattr(calibration, "slope_per_image", noted)
+    monkeypatch.setattr(calibration, "HELD", held)
+    assert fit_temperature(logits, targets, LOG_PRIOR, bootstrap_seed=1) == expected
+    assert max(sizes) == at_once
+
+
 def test_global_random_state_is_left_alone():
     logits, targets = synthetic(2.0, NO_OFFSET, num_images=20)
     np.random.seed(3)

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,6 +359,48 @@ def test_interpreted_kernels_equal_pytorchs_operators():
         check=True,
         timeout=600,
     )
+
+
+def without_a_pixel(layer: Norm, y: torch.Tensor) -> torch.Tensor:
+    there = torch.ones_like(y)
+    there[3, :, 5, 7] = 0
+    return y * there
+
+
+def without_a_part_of_the_variance(layer: Norm, y: torch.Tensor) -> torch.Tensor:
+    layer.running_var = layer.running_var - layer.momentum * 9 / 256  # of 3 ** 2, one of 256 parts
+    return y
+
+
+def a_little_larger(layer: Norm, y: torch.Tensor) -> torch.Tensor:
+    return 1.001 * y
+
+
+@pytest.mark.parametrize(
+    ("spoil", "dtype", "says"),
+    [
+        (without_a_pixel, torch.bfloat16, r"^a value of output 0 .* \(at most 0\.25\)$"),
+        (without_a_pixel, torch.float32, "^output 0 of "),
+        (without_a_part_of_the_variance, torch.bfloat16, "^running_var of "),
+        (a_little_larger, torch.float32, "^output 0 of "),
+    ],
+)
+def test_what_is_a_hundredth_of_a_result_is_found(spoil, dtype, says):
+    """A pixel, or one of the parts that are summed up, in what length alone takes for rounding."""
+    layer, random = Norm(16, relu=False), torch.Generator().manual_seed(1)
+    x = 1 + 3 * torch.randn(32, 16, 32, 32, generator=random)
+    inputs = [x.to(dtype, memory_format=torch.channels_last)]
+
+    @contextmanager
+    def spoiled(trial: Norm) -> Iterator[None]:
+        with mock.patch.object(trial, "forward", lambda x: spoil(trial, trial.plain(x, None))):
+            yield
+
+    require_same_layer(layer, inputs, nullcontext)
+    apart = how_far_from_float64(layer, inputs, spoiled)
+    assert max(apart.values()) <= fused_module.LAYER_APART
+    with pytest.raises(ValueError, match=says):
+        require_same_layer(layer, inputs, spoiled)
 
 
 def compiled_for_a_gpu_that_is_not_here() -> None:

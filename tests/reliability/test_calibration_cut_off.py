@@ -72,6 +72,6 @@ def test_a_calibration_cut_off_is_recorded_once(part, when, trained, three_exper
     assert Run(trained).tags["calibrated"] == "true"
     assert history(trained) == of_reference(three_experts, history)
     assert temperature(trained) == of_reference(three_experts, temperature)
-    (logged,) = Run(trained).logged_models
+    (logged,) = Run(trained).logged_experts
     assert logged.status == "READY"
     assert mlflow.pyfunc.load_model(f"models:/{logged.model_id}")

@@ -23,6 +23,7 @@ from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.tracking import model as model_module
 from longtail_experts.tracking import patience
 from longtail_experts.tracking.model import CalibratedExpert, exported, prepare_expert_model
+from longtail_experts.tracking.registry import model_id_of
 from longtail_experts.tracking.runs import Run, start_run
 
 
@@ -174,11 +175,27 @@ def test_a_model_of_another_temperature_is_replaced(store):
         seen = []
         for temperature in (1.5, 1.5, 2.0):
             log_small_model(run, temperature)
-            (logged,) = run.logged_models
+            (logged,) = run.logged_experts
             seen.append((logged.model_id, logged.params["temperature"]))
     assert seen[0] == seen[1]
     assert seen[1][0] != seen[2][0]
     assert seen[2][1] == "2.0"
+
+
+def test_a_model_that_someone_else_logged_into_the_run_stays(store):
+    """A rejector on top of the expert, say; and it is not registered as the expert."""
+    with start_run("a", {}) as run:
+        client = mlflow.MlflowClient()
+        where = {"experiment_id": run.experiment_id, "source_run_id": run.run_id}
+        theirs = [client.create_logged_model(name="rejector", **where)]
+        log_small_model(run)
+        theirs.append(client.create_logged_model(name="rejector", **where))
+        client.finalize_logged_model(theirs[-1].model_id, LoggedModelStatus.READY)
+        log_small_model(run)  # as `calibrate` does where it was cut off after it
+    (logged,) = run.logged_experts
+    assert logged.params["temperature"] == "1.0"
+    assert model_id_of(run) == logged.model_id
+    assert all(client.get_logged_model(model.model_id) for model in theirs)
 
 
 def test_what_is_installed_is_not_looked_through(store, monkeypatch):
@@ -188,7 +205,7 @@ def test_what_is_installed_is_not_looked_through(store, monkeypatch):
     monkeypatch.setattr(importlib_metadata, "packages_distributions", lambda: looked.append(1))
     with start_run("a", {}) as run:
         log_small_model(run)
-        (logged,) = run.logged_models
+        (logged,) = run.logged_experts
     assert looked == []
     named = mlflow.pyfunc.get_model_dependencies(f"models:/{logged.model_id}")
     assert f"torch=={torch.__version__.split('+')[0]}" in Path(named).read_text().split()
@@ -208,5 +225,5 @@ def test_a_model_is_logged_once_the_store_is_back(store, monkeypatch):
         patch.setattr(model_module.Model, "log", away)
         log_small_model(run)
     assert left == [0]
-    (logged,) = run.logged_models
+    (logged,) = run.logged_experts
     assert logged.status == LoggedModelStatus.READY

@@ -7,6 +7,7 @@ import torch
 from filelock import Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from sklearn.metrics import balanced_accuracy_score
 
 from longtail_experts.cli import main
@@ -151,6 +152,43 @@ def test_an_expert_of_other_splits_does_not_take_the_alias(experts_copy, champio
     assert "other splits" in capsys.readouterr().out
     assert champion_of("experts") == copy.info.run_id
     assert "champion/difference" not in other.metrics
+
+
+def test_a_champion_in_a_store_that_fails_is_challenged_later(
+    experts_copy, champion_of, monkeypatch, caplog
+):
+    """It is not taken for one whose run is gone."""
+    runs = {loss: Run(experts_copy[loss]) for loss in ("ce", "logit_adjust")}
+    judged(runs, ce=0.3, logit_adjust=0.4)
+    register(runs["ce"], "experts")
+    get_run = MlflowClient.get_run
+
+    def refuse(client, run_id):
+        if run_id == experts_copy["ce"]:
+            raise MlflowException("403: not you", error_code=PERMISSION_DENIED)
+        return get_run(client, run_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_run", refuse)
+        register(runs["logit_adjust"], "experts")
+    assert "403: not you" in caplog.text
+    assert champion_of("experts") == experts_copy["ce"]
+    register(runs["logit_adjust"], "experts")
+    assert champion_of("experts") == experts_copy["logit_adjust"]
+
+
+def test_what_is_registered_under_two_names_is_left_alone_under_both(experts_copy, capsys):
+    run, client = Run(experts_copy["ce"]), MlflowClient()
+    names = ("mine", "shared")
+    for name in names:
+        register(run, name)
+        client.delete_registered_model_alias(name, "champion")  # a person decides otherwise
+    capsys.readouterr()
+    for name in names:
+        register(run, name)
+        assert not client.get_registered_model(name).aliases
+    assert capsys.readouterr().out == ""
+    assert run.tags["registered_as"] == "shared/1"
 
 
 def test_a_store_that_cannot_register_does_not_fail_the_expert(experts_copy, monkeypatch, caplog):

@@ -4,9 +4,11 @@ The kernels of a ResNet-32 at batch 128 are too small and too short to fill a la
 another expert go beside them. What is done epoch after epoch does: steps, validations and
 checkpoints, in memory and files of the expert's own; and at the end logits, temperature and
 metrics. All before that, the first recording of its steps above all, and all else after it is done
-by one expert at a time, which has the turn: MLflow, Matplotlib and torch.export need not be safe in
-threads. The trace that all need is made meanwhile, by the thread that waits for them; the last
-figures other processes draw, for which an expert waits without the turn.
+by one expert at a time, which has the turn: what opens and ends MLflow's runs and logs models,
+Matplotlib and torch.export need not be safe in threads. Points and checkpoints are sent to the
+store, and read back, beside the others. The trace that all need is made meanwhile, by the thread
+that waits for them; the last figures other processes draw, for which an expert waits without the
+turn.
 """
 
 import gc
@@ -55,7 +57,7 @@ def at_once(
 
     `meanwhile` is called once none begins any more, unless all have ended: without the turn, in
     the calling thread, which else would only wait. Returns when all have ended, then raises what
-    the first of them to have failed raised.
+    the first of those that failed, in the order of `work`, raised.
     """
     experts = _Experts(work)
 

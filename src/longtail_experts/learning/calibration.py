@@ -16,7 +16,8 @@ from torch import Tensor
 LOG_T_BOUND = 4.0
 NUM_RESAMPLES = 1000
 GRID_POINTS = 801  # of log T in [-4, 4]: a step of 0.01
-AT_ONCE = 20  # of them: so many times the logits' memory is held
+AT_ONCE = 20  # of them at the most; the logits of an ImageNet one by one
+HELD = 20_000_000  # float64 values a tensor of so many times the logits may have: 160 MB
 
 
 class Temperature(NamedTuple):
@@ -156,7 +157,8 @@ def _bootstrap_interval(
     """
     grid = np.linspace(-LOG_T_BOUND, LOG_T_BOUND, GRID_POINTS)
     # Few large calls: thousands of small ones, each on all cores, take seconds where there are 16.
-    parts = np.split(grid[:, None, None], range(AT_ONCE, GRID_POINTS, AT_ONCE))
+    at_once = max(1, min(AT_ONCE, HELD // logits.numel()))
+    parts = np.split(grid[:, None, None], range(at_once, GRID_POINTS, at_once))
     table = torch.cat([slope_per_image(logits, targets, log_offset, part) for part in parts])
     random, num_rows = np.random.RandomState(seed), len(targets)
     weights = np.empty((NUM_RESAMPLES, num_rows))

@@ -43,6 +43,7 @@ from longtail_experts.tracking.patience import in_haste
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError, one_process
+from longtail_experts.tracking.study import SPLITS_FOLLOW_FROM
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +56,6 @@ STOPPING = 60.0  # seconds in which trials told to stop write their checkpoints
 OBJECT_STORE = 100 * 2**20  # bytes; configs and outcomes are all that is passed around
 GOES_ON = "the same command goes on with this sweep"
 NAMED = 5  # failed trials in the last line
-# Fields that leave images and splits as they are: their trials share one look at the data.
-NOT_OF_THE_DATA = {
-    *("loss", "tau", "beta", "gamma", "reweight_from", "seed", "expert_seed", "shortcut"),
-    *("augmentation", "cutout", "mixup", "epochs", "batch_size", "lr", "momentum"),
-    *("weight_decay", "milestones", "lr_decay", "lr_schedule", "warmup_steps", "warmup_epochs"),
-    *("validation_every", "early_stopping_patience", "checkpoint_every", "device", "precision"),
-    *("fast", "fused", "preflight", "register_as"),
-}
 
 
 class TrialsFailedError(RunError):
@@ -181,8 +174,8 @@ def prepare(points: Sequence[Point], precision: str) -> list[Job]:
     jobs: dict[int, Job] = {}
     by_data: dict[tuple, list[int]] = {}
     for number, point in enumerate(points):
-        text = point.config.as_text().items()
-        key = tuple((name, value) for name, value in text if name not in NOT_OF_THE_DATA)
+        text = point.config.as_text()
+        key = tuple(text[name] for name in ("data_dir", *SPLITS_FOLLOW_FROM))
         by_data.setdefault(key, []).append(number)
     warnings, checked, seen = {}, set(), {}
     for numbers in by_data.values():

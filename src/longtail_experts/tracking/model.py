@@ -22,7 +22,7 @@ from longtail_experts.data.batches import normalise
 from longtail_experts.learning.backend import own_flags
 from longtail_experts.tracking import served_expert
 from longtail_experts.tracking.patience import patience, patiently
-from longtail_experts.tracking.runs import Run
+from longtail_experts.tracking.runs import EXPERT_MODEL, Run
 
 
 class CalibratedExpert(nn.Module):
@@ -124,7 +124,7 @@ def log_expert_model(
             return
         Model.log(
             artifact_path=None,
-            name="expert",
+            name=EXPERT_MODEL,
             flavor=SimpleNamespace(save_model=_save_model),
             flavor_name="pytorch",
             run_id=run.run_id,
@@ -141,7 +141,7 @@ def log_expert_model(
             prior=prior.tolist(),
         )
 
-    with run.disk_at_fault("expert"):
+    with run.disk_at_fault(EXPERT_MODEL):
         patiently(log_whole, patience())
 
 
@@ -151,8 +151,9 @@ def _requirements() -> list[str]:
 
 
 def _is_logged(run: Run, params: Mapping[str, str]) -> bool:
-    """Whether the run has its model, with these params; any other is deleted."""
-    for begun in run.logged_models:
+    """Whether the run has the expert, with these params; one logged with others, or by half, is
+    deleted."""
+    for begun in run.logged_experts:
         if begun.status == LoggedModelStatus.READY and params.items() <= begun.params.items():
             return True
         run.client.delete_logged_model(begun.model_id)

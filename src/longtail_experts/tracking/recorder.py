@@ -128,9 +128,10 @@ class Recorder:
             torch.save(content, scratch)
             with scratch.open("rb") as file:
                 os.fsync(file.fileno())
-            if name == "last" and path.exists():
-                os.replace(path, self.folder / "previous.pt")
-            os.replace(scratch, path)
+            with self._change:  # nothing is sent between the two
+                if name == "last" and path.exists():
+                    os.replace(path, self.folder / "previous.pt")
+                os.replace(scratch, path)
         except (OSError, RuntimeError) as error:  # torch says "unexpected pos" on a full disk
             scratch.unlink(missing_ok=True)
             raise RunError(

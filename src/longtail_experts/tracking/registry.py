@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 JUDGED_BY = "best/val_balanced_accuracy"  # never a figure of the test images
+JUDGED = "champion_when_registered"  # the tag that ends a registration
 
 
 class Difference(NamedTuple):
@@ -56,7 +57,8 @@ def _register(run: Run, name: str) -> str | None:
     """What came of it, in words; nothing where the run was registered before."""
     client = run.client
     begun = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
-    if begun and run.tags.get("registered_as", "").rpartition("/")[0] == name:
+    last_name = run.tags.get("registered_as", "").rpartition("/")[0]
+    if begun and (JUDGED in begun[0].tags or last_name == name):
         return None  # where the model was deleted since, it is registered anew
     if begun:
         version = begun[0].version
@@ -71,7 +73,8 @@ def _register(run: Run, name: str) -> str | None:
     if outcome.is_champion:
         client.set_registered_model_alias(name, CHAMPION, version)
     is_champion = str(outcome.is_champion).lower()
-    run.set_tags({"registered_as": f"{name}/{version}", "champion_when_registered": is_champion})
+    run.set_tags({"registered_as": f"{name}/{version}", JUDGED: is_champion})
+    client.set_model_version_tag(name, version, JUDGED, is_champion)  # a run may have many names
     return f"version {version}, {outcome.words}"
 
 
@@ -131,8 +134,8 @@ def paired_difference(ours: SplitLogits, theirs: SplitLogits) -> Difference:
 
 
 def model_id_of(run: Run) -> str:
-    """Of the model that the run logged last."""
-    whole = [model for model in run.logged_models if model.status == LoggedModelStatus.READY]
+    """Of the expert that the run logged last."""
+    whole = [model for model in run.logged_experts if model.status == LoggedModelStatus.READY]
     if not whole:
-        raise RunError(f"run {run.run_id}: holds no logged model to register")
+        raise RunError(f"run {run.run_id}: holds no logged expert to register")
     return whole[-1].model_id

@@ -64,6 +64,7 @@ SAMPLING_INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 MAX_TEXT = 100_000_000  # bytes of a JSON, YAML or Markdown artifact that is read back
 RACES = 20  # of two runs that record the same data set at once; one a data set is lost at most
 NOTE = "mlflow.note.content"
+EXPERT_MODEL = "expert"  # its name as a logged model
 BATCH = 1000  # what one log_batch call may hold
 
 
@@ -247,11 +248,11 @@ class Run:
         return self.client.get_run(self.run_id).info.artifact_uri
 
     @property
-    def logged_models(self) -> list[mlflow.entities.LoggedModel]:
-        """The oldest first, whatever became of them."""
+    def logged_experts(self) -> list[mlflow.entities.LoggedModel]:
+        """The oldest first, whatever became of them; other models of the run are its owner's."""
         return self.client.search_logged_models(
             [self.experiment_id],
-            f"source_run_id = '{self.run_id}'",
+            f"source_run_id = '{self.run_id}' AND name = '{EXPERT_MODEL}'",
             order_by=[{"field_name": "creation_timestamp", "ascending": True}],
         )
 
@@ -335,7 +336,9 @@ def open_run(run_id: str) -> Run:
     try:
         info = run.client.get_run(run_id).info
         experiment = run.client.get_experiment(info.experiment_id)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         raise RunError(f"run_id={run_id[:60]}: not found in the store {uri}") from None
     if experiment.lifecycle_stage == "deleted":
         raise RunError(
