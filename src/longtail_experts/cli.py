@@ -440,7 +440,7 @@ def _resume(run_id: str, config_name: str, given: dict[str, str]) -> int:
 
 def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
     from longtail_experts.data.sources import DataError
-    from longtail_experts.tracking.runs import FAILURES
+    from longtail_experts.tracking.runs import FAILURES, came_up_in_a_run
 
     try:
         if entry_point == "export":
@@ -470,7 +470,7 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
             changes = {name: given[name] for name in CALIBRATE_MAY_CHANGE if name in given}
             calibrate.run(given["run_id"], changes)
     except (*FAILURES, DataError) as error:
-        return _complain(error, 2)
+        return _complain(error, 1 if came_up_in_a_run(error) else 2)
     return 0
 
 

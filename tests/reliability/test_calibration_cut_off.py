@@ -8,7 +8,7 @@ from longtail_experts.cli import main
 from longtail_experts.stages import calibrate
 from longtail_experts.tracking import experts, model
 from longtail_experts.tracking.logits import read_logits
-from longtail_experts.tracking.runs import Run
+from longtail_experts.tracking.runs import Run, RunError
 
 # In the order in which calibrate_expert takes them.
 PARTS = {
@@ -55,6 +55,16 @@ def trained(store, tiny_arguments, monkeypatch) -> str:
     (run,) = training_runs()
     assert run.info.status == "KILLED"
     return run.info.run_id
+
+
+def test_one_that_fails_once_begun_says_so_by_its_exit_code(trained, monkeypatch, capsys):
+    """2 is for what was refused before any work; whoever repeats what failed goes by that."""
+    with monkeypatch.context() as patch:
+        cut_off("logits", "before", RunError("the disk is full"), patch)
+        assert main(["calibrate", "--run_id", trained]) == 1
+    assert capsys.readouterr().err.strip().endswith("the disk is full")
+    assert main(["calibrate", "--run_id", trained, "--batch_size", "0"]) == 2
+    assert main(["calibrate", "--run_id", trained]) == 0
 
 
 def temperature(run_id: str) -> float:

@@ -65,6 +65,7 @@ MAX_TEXT = 100_000_000  # bytes of a JSON, YAML or Markdown artifact that is rea
 RACES = 20  # of two runs that record the same data set at once; one a data set is lost at most
 NOTE = "mlflow.note.content"
 EXPERT_MODEL = "expert"  # its name as a logged model
+IN_A_RUN = "in run "
 BATCH = 1000  # what one log_batch call may hold
 
 
@@ -81,6 +82,11 @@ class UndeliveredError(RunError):
 
 
 FAILURES = (RunError, MlflowException)  # of which one line says what there is to say
+
+
+def came_up_in_a_run(error: BaseException) -> bool:
+    """Whether work had begun: a note on the error names the run that it ended."""
+    return any(note.startswith(IN_A_RUN) for note in getattr(error, "__notes__", ()))
 
 
 class Run:
@@ -372,7 +378,7 @@ def start_run(
         mlflow.set_system_metrics_sampling_interval(30)
     uri = mlflow.get_tracking_uri()
     nested = parent is not None or mlflow.active_run() is not None
-    run, status, seconds = None, "FAILED", None
+    run, status, seconds, has_begun = None, "FAILED", None, False
     status_before = None  # of `existing`: MLflow changes it first, and may fail at what comes next
 
     def open_it() -> None:
@@ -401,9 +407,12 @@ def start_run(
         if existing is None and (is_generated(run.name) or name.startswith("DEMO")):
             run.rename(name)
         _require_usable_artifact_root(run)
+        has_begun = True
         yield run
         status = "FINISHED"
     except BaseException as error:
+        if has_begun:
+            error.add_note(f"{IN_A_RUN}{run.run_id}")
         if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
             status = "KILLED"
         if status == "KILLED" or isinstance(error, UndeliveredError) or is_transient(error):
