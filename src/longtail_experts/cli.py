@@ -1,7 +1,7 @@
 """Arguments -> Config -> stage; exit codes; error messages.
 
 Exit codes: 0 done; 1 a run failed, or is not ready to start; 2 bad input, nothing done; 130 and
-143 on Ctrl-C and SIGTERM (or SIGHUP).
+143 on Ctrl-C and SIGTERM (or SIGHUP). `mlflow run` makes 1 of all but 0.
 """
 
 import argparse

@@ -784,9 +784,20 @@ def test_a_download_under_way_is_waited_for(data_dir, monkeypatch):
     assert locks.host_lock(f"data {data_dir.absolute()}").acquire(timeout=0)
 
 
-def test_failed_download_is_a_data_error(data_dir):
-    with pytest.raises(DataError, match=f"^data_dir={data_dir}: .* cannot be downloaded"):
-        load_images("cifar100", str(data_dir), download=True)
+@pytest.mark.parametrize("there", [True, False])
+def test_failed_download_is_a_data_error(data_dir, there):
+    folder = data_dir if there else data_dir / "mistyped"
+    with pytest.raises(DataError, match=f"^data_dir={folder}: .* cannot be downloaded"):
+        load_images("cifar100", str(folder), download=True)
+    assert folder.exists() == there
+
+
+def test_a_file_is_no_folder_to_download_into(data_dir, caplog):
+    file = data_dir / "notes.txt"
+    file.touch()
+    with pytest.raises(DataError, match=f"^data_dir={file}: is a file: no CIFAR-100"):
+        load_images("cifar100", str(file), download=True)
+    assert "downloading" not in caplog.text
 
 
 def test_what_is_on_disk_is_seen(data_dir, parquet_dir, tmp_path):

@@ -182,14 +182,15 @@ def test_a_model_of_another_temperature_is_replaced(store):
     assert seen[2][1] == "2.0"
 
 
-def test_a_model_that_someone_else_logged_into_the_run_stays(store):
+@pytest.mark.parametrize("name", ["rejector", "expert"])
+def test_a_model_that_someone_else_logged_into_the_run_stays(store, name):
     """A rejector on top of the expert, say; and it is not registered as the expert."""
     with start_run("a", {}) as run:
         client = mlflow.MlflowClient()
         where = {"experiment_id": run.experiment_id, "source_run_id": run.run_id}
-        theirs = [client.create_logged_model(name="rejector", **where)]
+        theirs = [client.create_logged_model(name=name, **where)]
         log_small_model(run)
-        theirs.append(client.create_logged_model(name="rejector", **where))
+        theirs.append(client.create_logged_model(name=name, **where))
         client.finalize_logged_model(theirs[-1].model_id, LoggedModelStatus.READY)
         log_small_model(run)  # as `calibrate` does where it was cut off after it
     (logged,) = run.logged_experts

@@ -15,7 +15,7 @@ from longtail_experts.data.locks import host_lock
 from longtail_experts.tracking import registry
 from longtail_experts.tracking.experts import recorded_config
 from longtail_experts.tracking.logits import SplitLogits, load_expert_logits
-from longtail_experts.tracking.registry import paired_difference, register
+from longtail_experts.tracking.registry import model_id_of, paired_difference, register
 from longtail_experts.tracking.runs import Run
 
 JUDGED_BY = "best/val_balanced_accuracy"
@@ -189,6 +189,27 @@ def test_what_is_registered_under_two_names_is_left_alone_under_both(experts_cop
         assert not client.get_registered_model(name).aliases
     assert capsys.readouterr().out == ""
     assert run.tags["registered_as"] == "shared/1"
+
+
+@pytest.mark.parametrize("reigns", [False, True])
+def test_another_model_of_the_run_under_the_name_is_not_taken_for_the_expert(
+    experts_copy, champion_of, reigns
+):
+    """Whether it is registered before the expert or after it, and champion or not."""
+    run, client = Run(experts_copy["ce"]), MlflowClient()
+    client.create_registered_model("shared")
+    theirs = client.create_model_version("shared", "file:///tmp/none", run.run_id)
+    if reigns:
+        client.set_registered_model_alias("shared", "champion", theirs.version)
+    register(run, "shared")
+    client.create_model_version("shared", "file:///tmp/none", run.run_id)
+    register(run, "shared")
+    versions = {int(v.version): v for v in client.search_model_versions("name = 'shared'")}
+    assert len(versions) == 3
+    assert model_id_of(run) in versions[2].source
+    assert [n for n, v in versions.items() if "champion_when_registered" in v.tags] == [2]
+    champion = client.get_model_version_by_alias("shared", "champion")
+    assert int(champion.version) == (1 if reigns else 2)
 
 
 def test_a_store_that_cannot_register_does_not_fail_the_expert(experts_copy, monkeypatch, caplog):

@@ -187,7 +187,9 @@ def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
     def both(fetch: bool) -> list:  # torchvision's `download` also unpacks an archive that it has
         return [dataset(folder, train, download=fetch) for train in (True, False)]
 
-    archive = folder / dataset.filename
+    archive, was_there = folder / dataset.filename, folder.exists()
+    if was_there and not folder.is_dir():
+        raise DataError(f"data_dir={folder}: is a file: {_what_it_looks_like(cifar)}")
     try:
         try:
             halves = both(fetch=False)
@@ -204,6 +206,9 @@ def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
                 else:  # or another process has brought them meanwhile
                     halves = both(fetch=False)
     except (OSError, RuntimeError, EOFError) as error:  # md5 mismatch, no network, bad archive
+        if not was_there:
+            with suppress(OSError):  # a name mistyped leaves no empty folder behind
+                folder.rmdir()
         says = first_line(error).replace(" You can use download=True to download it", "")
         remedy = ""
         if official_files_present(cifar, folder):

@@ -56,17 +56,19 @@ def register(run: Run, name: str) -> None:
 def _register(run: Run, name: str) -> str | None:
     """What came of it, in words; nothing where the run was registered before."""
     client = run.client
-    begun = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
+    model_id, of_run = model_id_of(run), f"name = '{name}' and run_id = '{run.run_id}'"
+    # The run's owner may have registered another model of it under this name.
+    begun = [v for v in client.search_model_versions(of_run) if model_id in v.source]
     last_name = run.tags.get("registered_as", "").rpartition("/")[0]
-    if begun and (JUDGED in begun[0].tags or last_name == name):
+    if begun and (any(JUDGED in v.tags for v in begun) or last_name == name):
         return None  # where the model was deleted since, it is registered anew
     if begun:
         version = begun[0].version
     else:
-        model = f"models:/{model_id_of(run)}"
+        model = f"models:/{model_id}"
         with delayed_signals():
             version = mlflow.register_model(model, name, await_registration_for=0).version
-    outcome, difference = challenge(run, name)
+    outcome, difference = challenge(run, name, version)
     if difference is not None:  # first: as champion it would have nothing to differ from
         names = ("champion/difference", "champion/difference_standard_error")
         run.log_metrics(dict(zip(names, difference, strict=True)), int(run.metrics["best/step"]))
@@ -83,13 +85,14 @@ class Outcome(NamedTuple):
     words: str
 
 
-def challenge(run: Run, name: str) -> tuple[Outcome, Difference | None]:
-    """Whether the run's expert is to be champion, in words, and by how much it differs."""
+def challenge(run: Run, name: str, version: str) -> tuple[Outcome, Difference | None]:
+    """Whether the run's expert, of this version, is to be champion, in words, and by how much it
+    differs."""
     aliases = run.client.get_registered_model(name).aliases
     if CHAMPION not in aliases:
         return Outcome(True, f"its first {CHAMPION}"), None
     reigning = run.client.get_model_version(name, aliases[CHAMPION])
-    if reigning.run_id == run.run_id:
+    if str(reigning.version) == str(version):
         return Outcome(True, f"its {CHAMPION} already"), None
     try:
         if not reigning.run_id:

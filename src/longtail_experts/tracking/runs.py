@@ -255,12 +255,14 @@ class Run:
 
     @property
     def logged_experts(self) -> list[mlflow.entities.LoggedModel]:
-        """The oldest first, whatever became of them; other models of the run are its owner's."""
-        return self.client.search_logged_models(
+        """The oldest first, whatever became of them. Other models of the run are its owner's, one
+        of this name too: it has no temperature among its params."""
+        named = self.client.search_logged_models(
             [self.experiment_id],
             f"source_run_id = '{self.run_id}' AND name = '{EXPERT_MODEL}'",
             order_by=[{"field_name": "creation_timestamp", "ascending": True}],
         )
+        return [model for model in named if "temperature" in model.params]
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) pairs in the order of steps."""
