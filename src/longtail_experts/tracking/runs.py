@@ -345,8 +345,8 @@ def open_run(run_id: str) -> Run:
         info = run.client.get_run(run_id).info
         experiment = run.client.get_experiment(info.experiment_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise  # a store that fails is not one without the run
         raise RunError(f"run_id={run_id[:60]}: not found in the store {uri}") from None
     if experiment.lifecycle_stage == "deleted":
         raise RunError(
