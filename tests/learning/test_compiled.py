@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from longtail_experts.learning import compiler
 from longtail_experts.learning.compiled import CHANNELS, compile_layers
 from longtail_experts.learning.compiled_conv import CompiledConv, compiled_conv
 from longtail_experts.learning.compiled_norm import CompiledNorm, compiled_norm
+from longtail_experts.learning.fused import FLOAT32_APART, LAYER_APART, STATISTICS_APART
 from longtail_experts.learning.layers import Conv, Norm
 from longtail_experts.learning.resnet import build_resnet32
 from longtail_experts.learning.step import (
@@ -316,7 +318,9 @@ def test_what_computes_something_else_is_refused(
     source = tmp_path / "wrong.cpp"
     source.write_text(text.replace(right, wrong))
     monkeypatch.setattr(module, "SOURCE", source)
-    assert "of its length away from PyTorch's (at most 0.0" in refusal(precision)
+    limits = "|".join(f"{limit:g}" for limit in (LAYER_APART, STATISTICS_APART, FLOAT32_APART))
+    says = rf"of its length away from PyTorch's \(at most ({limits})\)$"
+    assert re.search(says, refusal(precision))
 
 
 @needs_compiler

@@ -180,7 +180,7 @@ def _at_most(name: str, dtype: torch.dtype) -> float:
     """How far a result of that name may be away, of a layer that takes `dtype`."""
     if "moments" in name or "running" in name:
         return STATISTICS_APART
-    return FLOAT32_APART if "output" in name and dtype == torch.float32 else LAYER_APART
+    return FLOAT32_APART if name.startswith("output") and dtype == torch.float32 else LAYER_APART
 
 
 def how_far_from_float64(
