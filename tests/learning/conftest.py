@@ -1,4 +1,5 @@
-from collections.abc import Iterator
+import functools
+from types import ModuleType
 
 import pytest
 import torch
@@ -27,9 +28,10 @@ def one_thread():
 @pytest.fixture
 def compiles_anew(monkeypatch):
     """What a test changes is compiled, fast, and forgotten."""
-    yield from compiles_fast(
-        monkeypatch, compiler.compiled, compiler._begun, compiler._openmp_libraries_at_first
-    )
+    _compile_fast(monkeypatch)
+    for name in ("_begun", "_openmp_libraries_at_first"):
+        _forget(monkeypatch, name, compiler)
+    _forget(monkeypatch, "compiled", compiler, conv_module, norm_module)
 
 
 @pytest.fixture
@@ -38,18 +40,19 @@ def compiles_one_anew(monkeypatch):
     for dtype in DTYPES.values():
         norm_module._library(dtype)
     conv_module._library()
-    yield from compiles_fast(monkeypatch)
+    _compile_fast(monkeypatch)
 
 
-def compiles_fast(patch: pytest.MonkeyPatch, *caches) -> Iterator[None]:
+def _compile_fast(patch: pytest.MonkeyPatch) -> None:
     patch.delenv("CXX", raising=False)
     patch.setattr(compiler, "FLAGS", ("-std=c++17", "-O0", "-fopenmp"))
-    caches += (compiled_module._why_not, norm_module._library, conv_module._library)
-    forget(caches)
-    yield
-    forget(caches)
+    _forget(patch, "_why_not", compiled_module)
+    for module in (norm_module, conv_module):
+        _forget(patch, "_library", module)
 
 
-def forget(caches) -> None:
-    for cache in caches:
-        cache.cache_clear()
+def _forget(patch: pytest.MonkeyPatch, name: str, *modules: ModuleType) -> None:
+    """What a function of these modules has cached, until the test ends: then it is known again."""
+    anew = functools.cache(getattr(modules[0], name).__wrapped__)
+    for module in modules:
+        patch.setattr(module, name, anew)

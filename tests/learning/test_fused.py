@@ -193,12 +193,15 @@ def require_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
     assert float(apart / theirs.detach().double().norm()) <= tolerance
 
 
-def interpreted() -> None:
+def interpreted_layers() -> None:
     require_same_norms("cpu", torch.float32, 1e-5)
     require_same_convolutions("cpu", torch.float32, 1e-5)
     require_same_convolutions("cpu", torch.float16, 1e-3, CONVS[::3])  # stands in for bf16
     require_same_pairs("cpu", torch.float32, 1e-5, side=8)
     require_other_gradients_are_summed_up_again("cpu", torch.float32)
+
+
+def interpreted_networks() -> None:
     require_the_network_sums_up_what_it_must()
     require_a_wrong_kernel_is_found()
     require_recorded_steps_take_them()
@@ -350,10 +353,16 @@ def require_recorded_steps_take_them() -> None:
     assert broken.path == "graph"
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="PyTorch comes without Triton here")
-def test_interpreted_kernels_equal_pytorchs_operators():
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="PyTorch comes without Triton here"
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("part", ["layers", pytest.param("networks", marks=pytest.mark.slow)])
+def test_interpreted_kernels_equal_pytorchs_operators(part):
     subprocess.run(
-        [sys.executable, "-c", "import test_fused; test_fused.interpreted()"],
+        [sys.executable, "-c", f"import test_fused; test_fused.interpreted_{part}()"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parent,
         check=True,
@@ -476,7 +485,8 @@ def compiled_for_a_gpu_that_is_not_here() -> None:
         assert seen == [("compile", False)]  # the others are not waited for
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="PyTorch comes without Triton here")
+@needs_triton
+@pytest.mark.slow
 def test_kernels_are_compiled_in_threads_and_not_started_there(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run(

@@ -262,6 +262,7 @@ def test_a_run_interrupted_as_soon_as_it_is_there_goes_on(
     assert history(run.info.run_id).items() <= whole.items()
 
 
+@pytest.mark.slow
 def test_a_child_cut_off_before_its_config_was_there_goes_on(
     store, tiny_arguments, monkeypatch, capsys
 ):

@@ -471,6 +471,7 @@ def test_while_experts_train_at_the_same_time_nothing_imported_is_looked_through
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.slow
 def test_figures_of_experts_at_the_same_time_are_drawn_by_other_processes(
     store, tiny_arguments, together, monkeypatch
 ):

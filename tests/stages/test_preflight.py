@@ -202,7 +202,9 @@ def test_main_prints_warnings_once_and_goes_on(store, tiny_arguments, begun, cap
     assert [w.split(":")[0] for w in warnings] == ["milestones=4,6,9", "validation_every=6"]
 
 
-@pytest.mark.parametrize("asked", [(), ("--preflight", "false")])
+@pytest.mark.parametrize(
+    "asked", [(), pytest.param(("--preflight", "false"), marks=pytest.mark.slow)]
+)
 def test_runs_from_before_this_field_are_resumed(store, tiny_arguments, monkeypatch, asked):
     """Neither config.yaml nor last.pt of such a run names it."""
     from longtail_experts.stages import train as train_stage

@@ -109,7 +109,9 @@ with drawing_processes(2):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_they_end_with_their_parent_however_it_ends(tmp_path, number):
     (tmp_path / "parent.py").write_text(PARENT)
     parent = subprocess.Popen(

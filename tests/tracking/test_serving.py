@@ -41,6 +41,7 @@ def ask(url: str, body: dict) -> np.ndarray:
         return np.array(json.load(answer)["predictions"])
 
 
+@pytest.mark.slow
 def test_the_served_model_gives_the_probabilities_of_the_logits(served, finished, image_folder):
     expert = load_expert_logits(finished["ce"])
     split = expert.splits["test_balanced"]

@@ -1,9 +1,10 @@
 """Temperature scaling under a shifted prior.
 
-Guo, Pleiss, Sun, Weinberger, *On Calibration of Modern Neural Networks* (ICML 2017), with the
-training prior kept apart: the scores are f / T + log_offset, so T acts on what the network
-learned and not on the known class frequencies. The mean NLL is convex in 1/T; hence its
-derivative in log T changes sign at most once, and a bracketing root finder is exact.
+Guo, Pleiss, Sun, Weinberger, *On Calibration of Modern Neural Networks* (ICML 2017), on the logits
+alone: the scores are f / T + log_offset, so T leaves what the loss has added to the logits in
+training as it is. What the logits hold of the class frequencies themselves (all of it under `ce`,
+whose offset is 0) is divided by T with them. The mean NLL is convex in 1/T; hence its derivative
+in log T changes sign at most once, and a bracketing root finder is exact.
 """
 
 from typing import NamedTuple
@@ -153,7 +154,7 @@ def _bootstrap_interval(
     """2.5 % and 97.5 % points of T over resamples of the rows.
 
     The slope of every row is tabulated once over a grid of log T; a resample is a weighting of
-    rows, and its root is interpolated linearly in a cell of width 0.01 (error about 1e-5).
+    rows, and its root is interpolated linearly in a cell of width 0.01 (an error of some 1e-5).
     """
     grid = np.linspace(-LOG_T_BOUND, LOG_T_BOUND, GRID_POINTS)
     # Few large calls: thousands of small ones, each on all cores, take seconds where there are 16.
