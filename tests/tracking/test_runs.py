@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 
@@ -216,6 +217,34 @@ def test_a_run_of_any_stage_is_reaped_once_its_process_is_gone(store, stage, cap
     out = capsys.readouterr().out
     assert f"run {run.run_id} (splits): FAILED, 0 points delivered\n" in out  # and no -P resume
     assert run.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["reap"],
+        ["reap", "--run_id", "a"],
+        ["calibrate", "--run_id", "a"],
+        ["main", "--resume", "a"],
+        ["export", "--run_ids", "a", "--out", "x"],
+        ["compare"],
+        ["results", "--sweeps", "a", "--out", "x.md"],
+    ],
+    ids=" ".join,
+)
+def test_where_no_run_has_begun_a_store_that_is_away_is_not_waited_for(
+    command, tmp_path, monkeypatch, caplog, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("LONGTAIL_STORE_PATIENCE", "1")
+        assert main(command) == 2
+    assert f"error: the store {uri} cannot be read: " in capfd.readouterr().err
+    assert "trying again" not in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def cut_off(name: str, parent: Run | None = None) -> Run:

@@ -11,7 +11,14 @@ from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.patience import PatientClient
 from longtail_experts.tracking.processes import is_alive, is_on_this_host
 from longtail_experts.tracking.recorder import deliver_left_over
-from longtail_experts.tracking.runs import Run, RunError, claimed, launched_run, open_run
+from longtail_experts.tracking.runs import (
+    Run,
+    RunError,
+    claimed,
+    launched_run,
+    open_run,
+    store_to_read,
+)
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +27,11 @@ RESUMABLE_STAGES = ("main", "train", "all")
 
 def stale_runs(experiment_ids: list[str] | None = None) -> list[Run]:
     """Runs of this host, of ours, that are RUNNING without a process; oldest first, of all
-    experiments unless some are named."""
-    client = PatientClient(mlflow.MlflowClient())
+    experiments unless some are named. StoreError where the store cannot be read."""
     if experiment_ids is None:
-        experiment_ids = [e.experiment_id for e in client.search_experiments()]
-    found = client.search_runs(
+        with store_to_read() as client:
+            experiment_ids = [e.experiment_id for e in client.search_experiments()]
+    found = PatientClient(mlflow.MlflowClient()).search_runs(
         experiment_ids,
         "attributes.status = 'RUNNING' and tags.host != ''",
         order_by=["attributes.start_time ASC"],
