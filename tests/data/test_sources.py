@@ -882,6 +882,12 @@ def test_offline_asks_nobody(monkeypatch):
             "(raised as a result of autoflush)\nreadonly",
             "(raised as a result of autoflush) readonly",
         ),
+        (
+            "API request to http://x:5/y failed with exception HTTPConnectionPool(host='x'): "
+            'Max retries exceeded with url: /y (Caused by NameResolutionError("HTTPConnection('
+            "host='x', port=5): Failed to resolve 'x' ([Errno -2] Name or service not known)\"))",
+            "Name or service not known",
+        ),
     ],
 )
 def test_what_an_error_says_in_one_line(says, line):

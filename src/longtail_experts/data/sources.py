@@ -14,6 +14,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -64,6 +65,10 @@ CIFARS = {
 }
 
 
+# What MLflow and urllib3 say of a connection that fails names its address thrice, then why.
+NETWORK_SAYS = re.compile(r"Max retries exceeded.*\[Errno -?\d+\] ([\w ,]+)")
+
+
 class DataError(ValueError):
     """What is wrong with the images, and where, in one line."""
 
@@ -71,11 +76,14 @@ class DataError(ValueError):
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one line; its type where it says nothing.
 
-    Two lines where the first only leads to the second, as of MLflow's downloads and SQLAlchemy.
+    Two lines where the first only leads to the second, as of MLflow's downloads and SQLAlchemy;
+    of a connection that fails its reason.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
+    if reason := NETWORK_SAYS.search(lines[0]):
+        return reason[1]
     leads = lines[0].endswith(":") or lines[0].startswith("(raised as")
     return " ".join(lines[: 1 + leads])
 
