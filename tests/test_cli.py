@@ -59,6 +59,7 @@ def empty_folder(tmp_path, monkeypatch) -> Path:
         (("export", "--run_ids", ",", "--out", "o"), "run_ids=','"),
         ((*FULL, "--epochs", "9" * 10_000), "epochs=999"),
         ((*FULL, "stray"), "'stray': fields are given as --name value"),
+        (("main", "-lr", "3"), "'-lr': fields are given as --name value"),
         (("main", "epochs=3"), "'epochs=3': fields are given as --name value"),
     ],
 )

@@ -259,7 +259,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     known, unknown = parser().parse_known_args([entry_point, *_joined(rest)])
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
-        if not unknown[0].startswith("-"):
+        if not unknown[0].startswith("--"):
             raise ConfigError(f"{shorten(unknown[0])!r}: fields are given as --name value")
         own = [*OWN_PARAMETERS.get(entry_point, ("config",))]
         own += ["resume"] * (entry_point in RESUMABLE)

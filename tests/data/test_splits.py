@@ -575,9 +575,13 @@ def test_ldam_takes_the_images_that_its_code_takes(factor, size):
     assert own.indices["train"].tolist() != splits.indices["train"].tolist()
 
 
-def test_ldam_is_refused_where_the_order_is_not_the_official_one(cifar):
-    with pytest.raises(DataError, match="official files"):
-        make_splits(cifar, **LITERATURE | {"subset_rule": "ldam"})
+@pytest.mark.parametrize(
+    ("source", "folder"), [("cifar100", "cifar-100-python"), ("cifar10", "cifar-10-batches-py")]
+)
+def test_ldam_is_refused_where_the_order_is_not_the_official_one(cifar, source, folder):
+    images = replace(cifar, source=source)
+    with pytest.raises(DataError, match=rf"official files.* give those \({folder}/\)"):
+        make_splits(images, **LITERATURE | {"subset_rule": "ldam"})
 
 
 def test_literature_trains_on_the_whole_pool_and_tests_on_everything(cifar, recipe):

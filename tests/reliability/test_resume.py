@@ -17,6 +17,7 @@ from reliability.harness import all_runs, history, last_checkpoint, of_reference
 
 from longtail_experts.cli import main
 from longtail_experts.config import load_config
+from longtail_experts.data.sources import DataError
 from longtail_experts.learning import step as steps
 from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages import resumed, train
@@ -293,7 +294,7 @@ def test_a_parent_on_other_images_than_its_children_is_refused(
     child = Run(three_experts["ce"])
     config = recorded_config(child)
     data = load_dataset(config.replace(split_seed=config.split_seed + 1))
-    monkeypatch.setattr("longtail_experts.stages.resumed.load_dataset", lambda config: data)
+    monkeypatch.setattr("longtail_experts.stages.resumed.load_dataset", lambda *_: data)
     monkeypatch.setattr(Run, "status", "KILLED")
     assert main(["main", "--resume", three_experts["all"]]) == 2
     assert f"run {child.run_id}: was trained on splits" in capsys.readouterr().err
@@ -457,6 +458,28 @@ def test_another_config_is_refused_by_name(interrupted, tiny_arguments, capfd, t
     capfd.readouterr()
     assert main(["train", "--resume", "nosuchrun"]) == 2
     assert "run_id=nosuchrun: not found" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["calibrate", "--run_id"], ["train", "--resume"]])
+def test_images_of_which_the_splits_cannot_be_are_refused_without_a_remedy_for_new_runs(
+    store, tiny_arguments, command, image_folder, capfd, monkeypatch
+):
+    assert main(["train", *tiny_arguments, "--epochs", "1"]) == 0
+    (run,) = training_runs()
+    MlflowClient().update_run(run.info.run_id, "KILLED")
+    if command[0] == "train":
+        MlflowClient().delete_tag(run.info.run_id, "training")
+
+    def fail(*arguments, **settings):
+        raise DataError("class 1 (bee): 18 training images asked, 8 present; add images")
+
+    monkeypatch.setattr("longtail_experts.stages.inputs.make_splits", fail)
+    capfd.readouterr()
+    assert main([*command, run.info.run_id]) == 2
+    assert capfd.readouterr().err == (
+        f"error: run {run.info.run_id}: was not trained on the images of data_dir={image_folder} "
+        "(class 1 (bee): 18 training images asked, 8 present)\n"
+    )
 
 
 def test_other_images_are_refused(interrupted, image_folder, tmp_path, capfd):

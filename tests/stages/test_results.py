@@ -183,6 +183,7 @@ def test_the_title_says_which_pool_it_was(store, fields, title, figure):
         ("strong", {"epochs": 400}, ""),
         ("literature", {"epochs": 200}, ""),
         ("my/own.yaml", {"epochs": 199}, "(199 of 200 epochs)"),
+        ("my/own.yaml", {"epochs": 199, "source": "images"}, ""),
     ],
 )
 def test_short_is_what_is_shorter_than_the_recipe(store, config, fields, says):

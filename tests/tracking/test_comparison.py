@@ -280,7 +280,9 @@ def test_a_knob_differs_among_losses_that_look_at_it():
         for loss, tau in zip(losses, ("1", "1", "1.5"), strict=True)
     ]
     assert comparison.differences(of) == {"tau": ["-", "1", "1.5"]}
-    assert comparison.differences([of[0], of[2]]) == {}
+    assert comparison.differences(of[:2]) == {}
+    assert comparison.differences([of[0], of[2]]) == {"tau": ["-", "1.5"]}  # not its default
+    assert comparison.differences([of[2], of[2]]) == {}
 
 
 def test_code_and_machine_of_every_part_of_a_run_are_told():

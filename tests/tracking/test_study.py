@@ -627,6 +627,8 @@ def test_a_sweep_is_read_from_the_store(store):
     assert found.unfinished == ("ce seed 3 (FINISHED)",)
     assert "1 left out, not calibrated: ce seed 3 (FINISHED)" in study_report.summary(found)
     assert found.name == "sweep of losses"
+    again = add_trial(store, sweep, {}, seed=3, lr=9, tags={"calibrated": None})
+    assert f"ce seed 3 {again[:6]} (FINISHED)" in read_sweep(sweep).unfinished
 
 
 def test_what_was_deleted_is_in_no_mean(store):

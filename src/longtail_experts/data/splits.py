@@ -15,7 +15,7 @@ import numpy as np
 
 from longtail_experts.data.batches import derive_seed
 from longtail_experts.data.longtail import profile_counts, share, share_at_least_one
-from longtail_experts.data.sources import DataError, ImageData
+from longtail_experts.data.sources import CIFARS, DataError, ImageData
 
 POOL_SPLITS = ("train", "tuneV", "val_small", "calib")  # indices into the training images
 TEST_SPLITS = ("val_lt", "test_lt", "test_balanced")  # indices into the test images
@@ -110,7 +110,8 @@ def make_splits(
         if images.index_space != "torchvision":
             raise DataError(
                 "subset_rule=ldam: which images it takes depends on their order in the official "
-                "files, and these are not they; give those (cifar-100-python/), or subset_rule=own"
+                f"files, and these are not they; give those ({CIFARS[images.source].folder}/), or "
+                "subset_rule=own"
             )
         by_class = ldam_order(images.train_labels, num_classes)
     else:

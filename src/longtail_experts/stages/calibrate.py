@@ -67,7 +67,7 @@ def run(run_id: str, changes: dict[str, str]) -> None:
             return
         experts.require_trained(source)
         config = resolve(experts.recorded_config(source).replace(**{"device": "auto"} | changes))
-        data = load_dataset(config)
+        data = load_dataset(config, run_id)
         experts.require_same_splits(source, config, data)
         trained = load_trained(source, config, data)
         with experts.start_calibration_run(source):

@@ -32,8 +32,8 @@ from longtail_experts.tracking.runs import RunError
 MAY_CHANGE_ON_RESUME = CHANGES_NO_FIGURE  # between the parts of one training
 
 
-def load_dataset(config: Config) -> Dataset:
-    """Images and splits of a config; raises DataError before any work is done."""
+def load_dataset(config: Config, of_run: str = "") -> Dataset:
+    """Images and splits of a config, or of a run's; raises DataError before any work is done."""
     images = load_images(
         config.source,
         config.data_dir,
@@ -41,15 +41,23 @@ def load_dataset(config: Config) -> Dataset:
         images_per_class=config.images_per_class,
         download=os.environ.get("LONGTAIL_OFFLINE") != "1",
     )
-    splits = make_splits(
-        images,
-        imbalance_profile=config.imbalance_profile,
-        imbalance_factor=config.imbalance_factor,
-        images_per_class=config.images_per_class,
-        split_seed=config.split_seed,
-        protocol=config.protocol,
-        subset_rule=config.subset_rule,
-    )
+    try:
+        splits = make_splits(
+            images,
+            imbalance_profile=config.imbalance_profile,
+            imbalance_factor=config.imbalance_factor,
+            images_per_class=config.images_per_class,
+            split_seed=config.split_seed,
+            protocol=config.protocol,
+            subset_rule=config.subset_rule,
+        )
+    except DataError as error:
+        if not of_run:
+            raise
+        reason = str(error).split(";")[0]  # the remedy is one for a new run
+        raise DataError(
+            f"run {of_run}: was not trained on the images of data_dir={config.data_dir} ({reason})"
+        ) from None
     for name in ("calib", "test_lt", "test_balanced"):
         if name in splits.indices and len(splits.indices[name]) == 0:
             raise DataError(

@@ -5,6 +5,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from longtail_experts.config import shorten
 from longtail_experts.tracking import results_page, study_report
@@ -25,7 +26,9 @@ def run(sweep_ids: Sequence[str], out: Path) -> None:
     settings = [results_page.read_setting(study) for study in studies]
     names = results_page.figure_names(studies, out.stem)
     command = f"python -m longtail_experts results --sweeps {','.join(sweep_ids)}"
-    page = results_page.as_markdown(studies, settings, names, f"{command} --out {as_given(out)}")
+    page = results_page.as_markdown(
+        studies, settings, names, f"{command} --out {quote(as_given(out))}"
+    )
     with launched_run(f"results {out.name}", {"stage": "results"}):
         try:
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".results-") as scratch:

@@ -97,7 +97,7 @@ def open_begun(run_id: str, given: dict[str, str], recipe: Config | None) -> Beg
             print(f"run {run_id} is finished already; nothing {'else ' if name else ''}was changed")
         return None
     config = resolve(recorded.replace(**{"device": "auto"} | changes))
-    data = load_dataset(config)
+    data = load_dataset(config, run_id)
     children = experts.children_of(source) if source.tags["stage"] == "all" else {}
     for begun in (source, *children.values()):
         if "splits_sha256" in begun.params:

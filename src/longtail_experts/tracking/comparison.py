@@ -377,7 +377,8 @@ def differences(members: Sequence[Member]) -> dict[str, list[str]]:
         {n: v for n, v in m.facts.items() if n not in fields}
         for m, fields in zip(members, without, strict=True)
     ]
-    return that_differ(seen, dict.fromkeys(name for one in seen for name in one))
+    names = dict.fromkeys(name for one in seen for name in one)
+    return that_differ(seen, names, usual=Config().as_text())
 
 
 def unused_fields(loss: str, imbalance_profile: str) -> set[str]:
@@ -387,13 +388,21 @@ def unused_fields(loss: str, imbalance_profile: str) -> set[str]:
 
 
 def that_differ(
-    settings: Sequence[Mapping[str, str]], names: Iterable[str]
+    settings: Sequence[Mapping[str, str]],
+    names: Iterable[str],
+    usual: Mapping[str, str] | None = None,
 ) -> dict[str, list[str]]:
-    """Of the names, those that are not the same everywhere, a knob among the losses that have it:
-    name -> value in each of `settings`."""
+    """Of the names, those that are not the same everywhere: name -> value in each of `settings`.
+
+    A knob among the losses that have it; where `usual` says what knobs are by default, also one
+    that is something else and that not all losses have."""
     values = {name: [one.get(name, "-") for one in settings] for name in names}
-    return {
-        name: of_each
-        for name, of_each in values.items()
-        if len({v for v in of_each if v != "-" or name not in KNOBS}) > 1
-    }
+
+    def differs(name: str, of_each: set[str]) -> bool:
+        if name not in KNOBS:
+            return len(of_each) > 1
+        told = of_each - {"-"}
+        is_as_usual = usual is None or told <= {usual[name]}
+        return len(told) > 1 or (len(of_each) > 1 and not is_as_usual)
+
+    return {name: of_each for name, of_each in values.items() if differs(name, {*of_each})}

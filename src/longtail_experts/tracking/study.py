@@ -220,8 +220,11 @@ def read_sweep(sweep_id: str) -> Study:
             f"sweep={sweep_id}: none of its {len(children)} child runs is a calibrated expert; "
             "give the id of a sweep's own run, once it has some"
         )
+    left_out = [run.info for run in experts.values() if run not in done]
+    times = Counter(info.run_name for info in left_out)
     unfinished = [
-        f"{run.info.run_name} ({run.info.status})" for run in experts.values() if run not in done
+        f"{info.run_name}{f' {info.run_id[:6]}' * (times[info.run_name] > 1)} ({info.status})"
+        for info in left_out
     ]
     found = make_study(parent.name, [sweep_id], [read_trial(run) for run in done], unfinished)
     return replace(found, deleted=tuple(deleted), without_run=without_run, status=parent.status)
