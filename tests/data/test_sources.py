@@ -786,10 +786,11 @@ def test_a_download_under_way_is_waited_for(data_dir, monkeypatch):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_failed_download_is_a_data_error(data_dir, there):
-    folder = data_dir if there else data_dir / "mistyped"
+    folder = data_dir if there else data_dir / "mis" / "typed"
     with pytest.raises(DataError, match=f"^data_dir={folder}: .* cannot be downloaded"):
         load_images("cifar100", str(folder), download=True)
     assert folder.exists() == there
+    assert not (data_dir / "mis").exists()
 
 
 def test_a_file_is_no_folder_to_download_into(data_dir, caplog):

@@ -195,8 +195,9 @@ def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
     def both(fetch: bool) -> list:  # torchvision's `download` also unpacks an archive that it has
         return [dataset(folder, train, download=fetch) for train in (True, False)]
 
-    archive, was_there = folder / dataset.filename, folder.exists()
-    if was_there and not folder.is_dir():
+    archive = folder / dataset.filename
+    not_there = [place for place in (folder, *folder.parents) if not place.exists()]
+    if not not_there and not folder.is_dir():
         raise DataError(f"data_dir={folder}: is a file: {_what_it_looks_like(cifar)}")
     try:
         try:
@@ -214,9 +215,9 @@ def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
                 else:  # or another process has brought them meanwhile
                     halves = both(fetch=False)
     except (OSError, RuntimeError, EOFError) as error:  # md5 mismatch, no network, bad archive
-        if not was_there:
-            with suppress(OSError):  # a name mistyped leaves no empty folder behind
-                folder.rmdir()
+        with suppress(OSError):  # a name mistyped leaves no empty folder behind
+            for made in not_there:
+                made.rmdir()
         says = first_line(error).replace(" You can use download=True to download it", "")
         remedy = ""
         if official_files_present(cifar, folder):
