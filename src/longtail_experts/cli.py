@@ -144,6 +144,7 @@ def _main(arguments: list[str]) -> int:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # Importing mlflow.pytorch sets the root to ERROR where nothing has been set before.
     logging.getLogger("longtail_experts").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # we say ourselves what is tried again
     for number in ENDING - {signal.SIGINT}:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, raise_terminated)

@@ -197,7 +197,7 @@ def _cifar_official(cifar: Cifar, folder: Path, download: bool) -> ImageData:
 
     archive = folder / dataset.filename
     not_there = [place for place in (folder, *folder.parents) if not place.exists()]
-    if not not_there and not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise DataError(f"data_dir={folder}: is a file: {_what_it_looks_like(cifar)}")
     try:
         try:

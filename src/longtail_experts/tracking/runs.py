@@ -56,7 +56,6 @@ from longtail_experts.tracking.report import (
 
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
-logging.getLogger("urllib3").setLevel(logging.ERROR)  # patience.py says what is tried again
 
 log = logging.getLogger(__name__)
 
