@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail_experts.learning.compiled import compile_layers
-from longtail_experts.learning.compiled_norm import VALUES
+from longtail_experts.learning.compiler import VALUES
 from longtail_experts.learning.fused import how_far_from_float64
 from longtail_experts.learning.layers import Conv, Norm
 
@@ -70,7 +70,7 @@ def main() -> None:
         (f"norm, {'added' if adds else 'alone'}", dtype, NORMS, a_norm, adds)
         for dtype, adds in product(VALUES, (False, True))
     ]
-    rows.append(("convolution", torch.float32, CONVS, a_conv, False))
+    rows += [("convolution", dtype, CONVS, a_conv, False) for dtype in VALUES]
     for (name, *row), compiled in product(rows, (True, False)):
         whose = "compiled" if compiled else "PyTorch's"
         found = ", ".join(f"{k} {v:.1e}" for k, v in apart(*row, compiled).items())

@@ -1,4 +1,5 @@
 import functools
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -37,9 +38,8 @@ def compiles_anew(monkeypatch):
 @pytest.fixture
 def compiles_one_anew(monkeypatch):
     """A source that a test puts in the place of one of ours; the other one stays as it is."""
-    for dtype in DTYPES.values():
-        norm_module._library(dtype)
-    conv_module._library()
+    for module, dtype in product((norm_module, conv_module), DTYPES.values()):
+        module._library(dtype)
     _compile_fast(monkeypatch)
 
 

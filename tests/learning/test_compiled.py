@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from itertools import count
 from pathlib import Path
 
@@ -73,8 +74,12 @@ def losses_of(state: TrainState, num_steps: int = 4, precision: str = "bf16") ->
 
 
 @needs_compiler
-@pytest.mark.parametrize(("precision", "apart"), [("bf16", 0.02), ("fp32", 1e-6)])
-def test_a_training_takes_them(precision, apart, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "first", "all_four"), [("bf16", 0.02, 0.07), ("fp32", 1e-6, 0.02)]
+)
+def test_a_training_takes_them(precision, first, all_four, monkeypatch):
+    """After some steps activations next to 0 have flipped: losses in bf16, PyTorch's as these, are
+    up to 7 % from float64's then (eight networks)."""
     taken = []
 
     def noted(kind: type[torch.autograd.Function]) -> None:
@@ -88,13 +93,11 @@ def test_a_training_takes_them(precision, apart, monkeypatch):
     assert (state.path, plain.path) == ("compiled", "plain")
     taken.clear()
     losses = losses_of(state, precision=precision)
-    norms, convs = ((CompiledNorm, DTYPES[precision]), (CompiledConv, torch.float32))
-    assert taken.count(norms) == len(losses) * 33
-    assert taken.count(convs) == len(losses) * (28 if precision == "fp32" else 0)
-    assert {*taken} <= {norms, convs}
+    norms, convs = ((kind, DTYPES[precision]) for kind in (CompiledNorm, CompiledConv))
+    assert Counter(taken) == {norms: len(losses) * 33, convs: len(losses) * 28}
     expected = losses_of(plain, precision=precision)
-    assert losses[0] == pytest.approx(expected[0], rel=apart)
-    assert losses == pytest.approx(expected, rel=0.02)  # activations next to 0 flip
+    assert losses[0] == pytest.approx(expected[0], rel=first)
+    assert losses == pytest.approx(expected, rel=all_four)
     images = torch.randn(2, 3, 32, 32)
     again = start(fast=False).model
     again.load_state_dict(state.model.state_dict())
@@ -275,50 +278,59 @@ def test_libraries_of_threads_are_found():
     assert any("omp" in library for library in compiler.openmp_libraries())
 
 
-WRONG = [  # each in one value, edge or sum
-    ("value <= 0.f ? 0.f : value", "value"),
-    ("value <= 0.f ? 0.f : gradient", "gradient"),
-    ("if (ADDS) value += wide(also[c]);", ""),
-    ("if (ADDS) put(d, masked[c]);", "if (ADDS) masked[c] = gradient[c];"),
-    ("squares[c] / rows - mean * mean", "squares[c] / rows"),
-    ("momentum * (moments[c]", "0.2 * (moments[c]"),
-    ("- of_x[c] * affine.mean[c]", ""),
-    ("row < begin_of(rows, part + 1)", "row < begin_of(rows, part + 1) - 1"),
-    ("bits + 0x7fff + ((bits >> 16) & 1)", "bits + 0x7ffff"),
-    ("float& at) { at = value; }", "float& at) { at = 1.02f * value; }"),
-    ("bool above = row > 0", "bool above = row > TILE"),
-    ("below = row + TILE < images.height", "below = row + 2 * TILE < images.height"),
-    ("j == 0 && left == 0", "j == 0 && left <= TILE"),
-    ("left + TILE == images.width", "left + 2 * TILE >= images.width"),
-    ("row = row + 1 < down ? row + 1 : 0;", "row++;"),
-    ("out[5] = d[5] - (PP + QQ) * d[3]", "out[5] = d[5] - PP * d[3]"),
-    ("out[3] = PP * odd_p + QQ * odd_q + m[5];", "out[3] = PP * odd_p + QQ * odd_q;"),
-    ("out[2] = PP * even_p + QQ * even_q + u[5];", "out[2] = PP * even_p + QQ * even_q;"),
-    ("Vector even_q = dy[0] + QQ * dy[2]", "Vector even_q = dy[0] + PP * dy[2]"),
-    ("odd_p = AT_P * P * g[1];", "odd_p = AT_P * g[1];"),
-    ("added ? sum + load(added + at) : sum", "sum"),
-    ("tile < count; tile += ROWS<C>", "tile + ROWS<C> <= count; tile += ROWS<C>"),
-    ("store(adds ? load(at) + sums", "store(adds ? sums"),
-    ("part < PARTS; part++) sum +=", "part < PARTS - 1; part++) sum +="),
-    ("(backward ? o * C + i : i * C + o)", "(i * C + o)"),
-    ("backward ? 8 - tap : tap", "backward ? 6 - 3 * y + x : tap"),
-    ("(backward ? 8 - tap : tap)", "(backward ? 3 * y + 2 - x : tap)"),
-]
+WRONG = {  # each in one value, edge or sum
+    "bf16": [
+        ("value <= 0.f ? 0.f : value", "value"),
+        ("value <= 0.f ? 0.f : gradient", "gradient"),
+        ("if (ADDS) value += wide(also[c]);", ""),
+        ("if (ADDS) put(d, masked[c]);", "if (ADDS) masked[c] = gradient[c];"),
+        ("squares[c] / rows - mean * mean", "squares[c] / rows"),
+        ("momentum * (moments[c]", "0.2 * (moments[c]"),
+        ("- of_x[c] * affine.mean[c]", ""),
+        ("row < begin_of(rows, part + 1)", "row < begin_of(rows, part + 1) - 1"),
+        ("uint32_t up = bits + 0x7fff + ((bits >> 16) & 1)", "uint32_t up = bits + 0x7ffff"),
+        (
+            "(Words)values, up = bits + 0x7fff + ((bits >> 16) & 1)",
+            "(Words)values, up = bits + 0x7ffff",
+        ),
+        ("(halves, Words) << 16)", "(halves, Words) << 16 | 0x80000)"),
+    ],
+    "fp32": [
+        ("float& at) { at = value; }", "float& at) { at = 1.02f * value; }"),
+        ("bool above = row > 0", "bool above = row > TILE"),
+        ("below = row + TILE < images.height", "below = row + 2 * TILE < images.height"),
+        ("j == 0 && left == 0", "j == 0 && left <= TILE"),
+        ("left + TILE == images.width", "left + 2 * TILE >= images.width"),
+        ("row = row + 1 < down ? row + 1 : 0;", "row++;"),
+        ("out[5] = d[5] - (PP + QQ) * d[3]", "out[5] = d[5] - PP * d[3]"),
+        ("out[3] = PP * odd_p + QQ * odd_q + m[5];", "out[3] = PP * odd_p + QQ * odd_q;"),
+        ("out[2] = PP * even_p + QQ * even_q + u[5];", "out[2] = PP * even_p + QQ * even_q;"),
+        ("Vector even_q = dy[0] + QQ * dy[2]", "Vector even_q = dy[0] + PP * dy[2]"),
+        ("odd_p = AT_P * P * g[1];", "odd_p = AT_P * g[1];"),
+        ("added ? sum + load(added + at) : sum", "sum"),
+        ("tile < count; tile += ROWS<C>", "tile + ROWS<C> <= count; tile += ROWS<C>"),
+        ("store(adds ? load(at) + sums", "store(adds ? sums"),
+        ("part < PARTS; part++) sum +=", "part < PARTS - 1; part++) sum +="),
+        ("(backward ? o * C + i : i * C + o)", "(i * C + o)"),
+        ("backward ? 8 - tap : tap", "backward ? 6 - 3 * y + x : tap"),
+        ("(backward ? 8 - tap : tap)", "(backward ? 3 * y + 2 - x : tap)"),
+    ],
+}
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("precision", "right", "wrong"),
     [
-        pytest.param(*pair, marks=[] if number % 7 == 0 else pytest.mark.slow)
-        for number, pair in enumerate(WRONG)
+        pytest.param(precision, *pair, marks=[] if number % 7 == 0 else pytest.mark.slow)
+        for precision, pairs in WRONG.items()
+        for number, pair in enumerate(pairs)
     ],
 )
 def test_what_computes_something_else_is_refused(
-    right, wrong, compiles_one_anew, monkeypatch, tmp_path
+    precision, right, wrong, compiles_one_anew, monkeypatch, tmp_path
 ):
     (module,) = (m for m in (norm_module, conv_module) if right in m.SOURCE.read_text())
-    precision = "bf16" if module is norm_module and "float& at" not in right else "fp32"
     text = module.SOURCE.read_text()
     assert text.count(right) == 1
     source = tmp_path / "wrong.cpp"
@@ -339,10 +351,8 @@ def test_only_what_it_is_written_for_takes_it(dtype):
     compile_layers(layers, dtype)
     for network in (layers, copy.deepcopy(layers)):
         kernels = [getattr(layer, "fused", None) for layer in network]
-        taken = kernels[1:4]
-        assert all((k.func, k.args) == (compiled_norm, (dtype,)) for k in taken)
-        takes_convs = dtype == torch.float32
-        assert kernels[-3:] == 3 * [compiled_conv if takes_convs else None]
+        for taken, kernel in ((kernels[1:4], compiled_norm), (kernels[-3:], compiled_conv)):
+            assert all((k.func, k.args) == (kernel, (dtype,)) for k in taken)
         assert not any([kernels[0], *kernels[4:-3]])
 
 

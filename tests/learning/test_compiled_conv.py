@@ -5,11 +5,13 @@ from functools import partial
 import pytest
 import torch
 from learning.compiled_layers import (
+    BF16,
     assert_same_bits_for_any_number_of_threads,
     draw,
     needs_compiler,
     outcome,
 )
+from torch import Tensor
 from torch.nn import functional as F
 
 from longtail_experts.learning import compiler
@@ -22,13 +24,27 @@ FLOAT = torch.float32
 pytestmark = needs_compiler
 
 
-def a_conv(channels: int, compiled: bool = True, passes: bool = False) -> Conv:
+def a_conv(
+    channels: int, compiled: bool = True, passes: bool = False, dtype: torch.dtype = FLOAT
+) -> Conv:
     conv = Conv(channels, channels, passes=passes).to(memory_format=torch.channels_last)
     conv.weight.data = draw(*conv.weight.shape, seed=channels, mean=0.1, std=0.3, dtype=FLOAT)
-    conv.fused = compiled_conv if compiled else None
+    conv.fused = partial(compiled_conv, dtype) if compiled else None
     return conv
 
 
+DTYPES = pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+
+
+def assert_equals_float64_but_for_rounding(conv: Conv, x: Tensor) -> None:
+    """Of values in bf16 each is rounded once, by half of 2**-8 at most; sums are not."""
+    for name, value in how_far_from_float64(conv, [x]).items():
+        moments, sums = name.startswith("the moments"), "weight" in name
+        at_most = 1e-6 if x.dtype == FLOAT or sums else 2 ** (-8 if moments else -9)
+        assert value < at_most, name
+
+
+@DTYPES
 @pytest.mark.parametrize("passes", [True, False])
 @pytest.mark.parametrize(
     ("channels", "images", "height", "width"),
@@ -38,22 +54,20 @@ def a_conv(channels: int, compiled: bool = True, passes: bool = False) -> Conv:
         *((16, 37, 20, 24), (32, 5, 28, 4), (64, 3, 4, 36), (16, 1, 4, 4), (64, 1, 4, 8)),
     ],
 )
-def test_equals_float64_but_for_rounding(channels, images, height, width, passes):
-    x = draw(images, channels, height, width, dtype=FLOAT)
-    apart = how_far_from_float64(a_conv(channels, passes=passes), [x])
-    assert len(apart) == 4 + passes
-    for name, value in apart.items():
-        assert value < 1e-6, name
+def test_equals_float64_but_for_rounding(channels, images, height, width, passes, dtype):
+    x = draw(images, channels, height, width, dtype=dtype)
+    assert_equals_float64_but_for_rounding(a_conv(channels, passes=passes, dtype=dtype), x)
 
 
+@DTYPES
 @pytest.mark.parametrize("option", ["-mno-avx512f", "-mno-avx", "-D__AVX512F__"])
-def test_with_registers_of_any_width(option, compiles_anew, monkeypatch):
+def test_with_registers_of_any_width(option, dtype, compiles_anew, monkeypatch):
     """For the last, where there are none of AVX-512, the compiler takes several for one."""
     monkeypatch.setenv("CXX", f"c++ {option}")
     monkeypatch.setattr(compiler, "FLAGS", (*LISTED, "-O1"))
     for channels in (16, 32, 64):
-        apart = how_far_from_float64(a_conv(channels), [draw(3, channels, 20, 12, dtype=FLOAT)])
-        assert max(apart.values()) < 1e-6, channels
+        x = draw(3, channels, 20, 12, dtype=dtype)
+        assert_equals_float64_but_for_rounding(a_conv(channels, dtype=dtype), x)
 
 
 @pytest.mark.parametrize("channels", [16, 32, 64])
@@ -69,19 +83,23 @@ def test_a_filter_of_one_tap_moves_the_image(channels, tap):
     torch.testing.assert_close(conv(x).detach(), moved, rtol=0, atol=2e-5)
 
 
-def test_the_same_bits_for_any_number_of_threads():
-    inputs = draw(37, 32, 20, 12, dtype=FLOAT)
-    assert_same_bits_for_any_number_of_threads(partial(a_conv, 32, passes=True), inputs)
+@DTYPES
+def test_the_same_bits_for_any_number_of_threads(dtype):
+    inputs = draw(37, 32, 20, 12, dtype=dtype)
+    layer = partial(a_conv, 32, passes=True, dtype=dtype)
+    assert_same_bits_for_any_number_of_threads(layer, inputs)
 
 
+@DTYPES
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("of_weights", [True, False])
-def test_what_is_not_finite_is_not_hidden(value, of_weights):
+def test_what_is_not_finite_is_not_hidden(value, of_weights, dtype):
     found, expected = {}, {}
     for compiled, into in ((True, found), (False, expected)):
-        conv, x = a_conv(16, compiled), draw(4, 16, 8, 8, dtype=FLOAT)
+        conv, x = a_conv(16, compiled, dtype=dtype), draw(4, 16, 8, 8, dtype=dtype)
         (conv.weight.data[3, 5] if of_weights else x[1, 5])[1, 2] = value
-        into |= outcome(conv, x)
+        with torch.autocast("cpu", BF16, enabled=dtype == BF16):
+            into |= outcome(conv, x)
     for name in expected:
         assert not (found[name].isfinite() & ~expected[name].isfinite()).any(), name
     assert of_weights or found["output 0"][[0, 2, 3]].isfinite().all()  # other images
@@ -117,10 +135,11 @@ def test_other_passes_are_pytorchs():
             for compiled in (True, False)
         )
         assert all(torch.equal(found[name], values) for name, values in expected.items())
-    with torch.autocast("cpu", torch.bfloat16):
-        in_bf16 = [a_conv(16, compiled)(x) for compiled in (True, False)]
-    assert in_bf16[0].dtype == torch.bfloat16
-    assert torch.equal(*in_bf16)
+    with torch.autocast("cpu", BF16):
+        for dtype in (FLOAT, BF16):  # x is float32, and made bf16 by autocast
+            in_bf16 = [a_conv(16, compiled, dtype=dtype)(x) for compiled in (True, False)]
+            assert in_bf16[0].dtype == BF16
+            assert torch.equal(*in_bf16)
     evaluated = [a_conv(16, compiled).eval()(x) for compiled in (True, False)]
     assert torch.equal(*evaluated)
     assert a_conv(16)(x[:0]).shape == (0, 16, 8, 8)

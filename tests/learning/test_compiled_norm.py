@@ -12,7 +12,8 @@ from learning.compiled_layers import (
     outcome,
 )
 
-from longtail_experts.learning.compiled_norm import VALUES, compiled_norm
+from longtail_experts.learning.compiled_norm import compiled_norm
+from longtail_experts.learning.compiler import VALUES
 from longtail_experts.learning.fused import how_far_from_float64
 from longtail_experts.learning.layers import Norm
 

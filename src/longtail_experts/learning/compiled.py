@@ -1,8 +1,8 @@
 """Which layers of a network take this project's C++ in training passes on a CPU.
 
-In bf16 batch norms with what follows them, in float32 convolutions too. PyTorch takes a fifth of a
-step for such batch norms, this code half of that; in float32 convolutions are most of the rest, and
-Winograd's do with a quarter of the multiplications (benchmarks/README.md).
+Batch norms with what follows them, of which PyTorch goes over memory more often, and convolutions,
+for which Winograd's algorithm takes a quarter of the multiplications: most of a step, each
+(benchmarks/README.md).
 """
 
 import functools
@@ -24,8 +24,7 @@ CHANNELS = (16, 32, 64)  # that it is written for
 def compile_layers_ahead(dtype: torch.dtype) -> None:
     """Has a compiler begin what `compile_layers` waits for."""
     compile_norms_ahead(dtype)
-    if dtype == torch.float32:
-        compile_convs_ahead()
+    compile_convs_ahead(dtype)
 
 
 def compile_layers(model: nn.Module, dtype: torch.dtype) -> None:
@@ -44,10 +43,10 @@ def compile_layers(model: nn.Module, dtype: torch.dtype) -> None:
 def _kernel_of(module: nn.Module, dtype: torch.dtype) -> Kernel | None:
     if isinstance(module, Norm) and module.num_features in CHANNELS:
         return partial(compiled_norm, dtype)
-    if isinstance(module, Conv) and dtype == torch.float32:
+    if isinstance(module, Conv):
         channels, kinds = module.out_channels, (module.kernel_size, module.stride)
         is_known = channels == module.in_channels and kinds == ((3, 3), (1, 1))
-        return compiled_conv if is_known and channels in CHANNELS else None
+        return partial(compiled_conv, dtype) if is_known and channels in CHANNELS else None
     return None
 
 

@@ -10,15 +10,16 @@
 // The matrices evaluate polynomials at 0, P, -P, Q, -Q and infinity. With P = 1 and Q = 2, which are
 // Lavin and Gray's, rounding errors are twice as large as with those taken here.
 //
-// Tensors are in channels-last memory, float32: images [N, H, W, C], filters [C out, 3, 3, C in].
-// H and W are multiples of 4. What is added up has the same order for any number of threads.
+// Tensors are in channels-last memory: images [N, H, W, C], of bf16 or float; filters [C out, 3, 3, C
+// in], of float. H and W are multiples of 4. All is computed in float, and what is added up has the same
+// order for any number of threads.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 
-#include "channels.h"
+#include "compiled.h"
 
 namespace {
 
@@ -37,6 +38,8 @@ constexpr float P = .625f, Q = 1.5f, PP = P * P, QQ = Q * Q;
 constexpr float AT_0 = 1 / (PP * QQ), AT_P = 1 / (2 * PP * (PP - QQ)), AT_Q = 1 / (2 * QQ * (QQ - PP));
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef bf16 Halves __attribute__((vector_size(2 * LANES)));
 
 inline Vector load(const float* at) {
     Vector values;
@@ -44,7 +47,20 @@ inline Vector load(const float* at) {
     return values;
 }
 
+inline Vector load(const bf16* at) {
+    Halves halves;
+    std::memcpy(&halves, at, sizeof halves);
+    return (Vector)(__builtin_convertvector(halves, Words) << 16);
+}
+
 inline void store(Vector values, float* at) { std::memcpy(at, &values, sizeof values); }
+
+inline void store(Vector values, bf16* at) {  // rounded to the nearest, of two to the even one
+    Words bits = (Words)values, up = bits + 0x7fff + ((bits >> 16) & 1);
+    Words rounded = values != values ? bits | 0x400000 : up;
+    Halves halves = __builtin_convertvector(rounded >> 16, Halves);
+    std::memcpy(at, &halves, sizeof halves);
+}
 
 // B^T d
 inline void transform_input(const Vector (&d)[SIDE], Vector (&out)[SIDE]) {
@@ -154,15 +170,15 @@ struct Images {
 
 // Fetches what a block's pixels have for a point into the cache, while something else is computed.
 template <int C>
-void prefetch(const float* pixels, int64_t first, int point) {
-    constexpr int ALL = Block<C>::TILES * TILE * TILE * C, LINE = 16;
-    const float* at = pixels + first * TILE * TILE * C;
+void prefetch(const Value* pixels, int64_t first, int point) {
+    constexpr int ALL = Block<C>::TILES * TILE * TILE * C, LINE = 64 / sizeof(Value);
+    const Value* at = pixels + first * TILE * TILE * C;
     for (int i = point * LINE; i < ALL; i += POINTS * LINE) __builtin_prefetch(at + i);
 }
 
 // B^T d B of every tile.
 template <int C>
-void transform_inputs(const float* x, Images images, int64_t first, int count, Block<C>& block) {
+void transform_inputs(const Value* x, Images images, int64_t first, int count, Block<C>& block) {
     int64_t line = images.width * C;
     images.visit_tiles(first, count, [&](int tile, int64_t pixel, int row, int left) {
         bool above = row > 0, below = row + TILE < images.height;
@@ -171,7 +187,7 @@ void transform_inputs(const float* x, Images images, int64_t first, int count, B
                 transform_input,
                 [&](int j, Vector* d) {
                     if ((j == 0 && left == 0) || (j > TILE && left + TILE == images.width)) return;
-                    const float* in = x + (pixel + j - 1) * C + c;
+                    const Value* in = x + (pixel + j - 1) * C + c;
                     if (above) d[0] = load(in - line);
                     for (int i = 0; i < TILE; i++) d[i + 1] = load(in + i * line);
                     if (below) d[TILE + 1] = load(in + TILE * line);
@@ -183,7 +199,7 @@ void transform_inputs(const float* x, Images images, int64_t first, int count, B
 // A^T m A of every tile, plus `added` where it is not null.
 template <int C>
 void transform_outputs(Block<C>& block, Images images, int64_t first, int count,
-                       const float* added, float* y) {
+                       const Value* added, Value* y) {
     images.visit_tiles(first, count, [&](int tile, int64_t pixel, int, int) {
         for (int c = 0; c < C; c += LANES)
             transform_tile(
@@ -200,14 +216,14 @@ void transform_outputs(Block<C>& block, Images images, int64_t first, int count,
 
 // A dy A^T of every tile.
 template <int C>
-void transform_gradients(const float* dy, Images images, int64_t first, int count,
+void transform_gradients(const Value* dy, Images images, int64_t first, int count,
                          Block<C>& block) {
     images.visit_tiles(first, count, [&](int tile, int64_t pixel, int, int) {
         for (int c = 0; c < C; c += LANES)
             transform_tile(
                 transform_gradient,
                 [&](int j, Vector* d) {
-                    const float* in = dy + (pixel + j) * C + c;
+                    const Value* in = dy + (pixel + j) * C + c;
                     for (int i = 0; i < TILE; i++) d[i] = load(in + i * images.width * C);
                 },
                 [&](int i, int j, Vector d) { store(d, block.at(SIDE * i + j, tile) + c); });
@@ -266,7 +282,7 @@ void transform_filters(const float* weight, bool backward, float* u, int threads
 }
 
 template <int C>
-void convolve(const float* x, const float* weight, const float* added, float* y, Images images,
+void convolve(const Value* x, const float* weight, const Value* added, Value* y, Images images,
               bool backward, int threads) {
     constexpr int TILES = Block<C>::TILES;
     static_assert(TILES % ROWS<C> == 0, "else the last rows lie past the block");
@@ -316,7 +332,7 @@ void transform_all_sums(Sums<C>& u, float* filters) {
 }
 
 template <int C>
-void weigh(const float* x, const float* dy, float* dweight, Images images, int threads) {
+void weigh(const Value* x, const Value* dy, float* dweight, Images images, int threads) {
     constexpr int TILES = Block<C>::TILES, LAST = C % ROWS<C>, FILTERS = C * 9 * C;
     std::unique_ptr<float[]> parts(new float[PARTS * FILTERS]);
     int64_t tiles = images.tiles();
@@ -362,8 +378,8 @@ extern "C" {
 
 // y [N, H, W, C], for 16, 32 or 64 channels. With `backward`, y is the gradient of the input for x,
 // that of the output, plus `added`, which may be null.
-void convolution(int channels, int64_t number, int height, int width, const float* x,
-                 const float* weight, const float* added, float* y, int backward, int threads) {
+void convolution(int channels, int64_t number, int height, int width, const Value* x,
+                 const float* weight, const Value* added, Value* y, int backward, int threads) {
     for_channels(channels, [&](auto constant) {
         convolve<decltype(constant)::value>(x, weight, added, y, {number, height, width}, backward,
                                             threads);
@@ -371,8 +387,8 @@ void convolution(int channels, int64_t number, int height, int width, const floa
 }
 
 // dweight [C out, 3, 3, C in], of the input x and the output's gradient dy.
-void weight_gradient(int channels, int64_t number, int height, int width, const float* x,
-                     const float* dy, float* dweight, int threads) {
+void weight_gradient(int channels, int64_t number, int height, int width, const Value* x,
+                     const Value* dy, float* dweight, int threads) {
     for_channels(channels, [&](auto constant) {
         weigh<decltype(constant)::value>(x, dy, dweight, {number, height, width}, threads);
     });

@@ -1,4 +1,5 @@
-"""Convolutions for training steps on a CPU in float32, in C++: `compiled_conv.cpp`."""
+"""Convolutions for training steps on a CPU, in C++: `compiled_conv.cpp`, for tensors in bf16 or
+float32."""
 
 import ctypes
 import functools
@@ -9,18 +10,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longtail_experts.learning.compiler import addresses, compile_ahead, compiled
+from longtail_experts.learning.compiler import addresses, compile_ahead, compiled, for_values_of
 from longtail_experts.learning.layers import Conv, as_autocast_has_it
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 CPU = torch.device("cpu")
 
 
-def compiled_conv(x: Tensor, weight: Tensor, conv: Conv) -> Tensor | tuple[Tensor, Tensor]:
-    """What `conv` makes of x in a training pass: by this code where tensors are float32 and the
-    sides of images multiples of 4, as they are in all of a training."""
-    dtypes = {as_autocast_has_it(x).dtype, x.dtype, weight.dtype}
-    is_known = dtypes == {torch.float32} and x.device == weight.device == CPU
+def compiled_conv(
+    dtype: torch.dtype, x: Tensor, weight: Tensor, conv: Conv
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `conv` makes of x in a training pass: by this code where that is of `dtype` and the
+    sides of images are multiples of 4, as in all of a training. Weights are rounded to `dtype`, as
+    autocast does it."""
+    is_known = as_autocast_has_it(x).dtype == x.dtype == dtype and weight.dtype == torch.float32
+    is_known &= x.device == weight.device == CPU
     is_known &= x.dim() == 4 and weight.shape == (x.shape[1], x.shape[1], 3, 3)
     if not is_known or any(side == 0 or side % 4 for side in x.shape[2:]):
         return conv.plain(x)
@@ -30,11 +34,11 @@ def compiled_conv(x: Tensor, weight: Tensor, conv: Conv) -> Tensor | tuple[Tenso
 class CompiledConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, conv):
-        x, weight = _in_order(x), _in_order(weight)
+        x, weight = _in_order(x), _in_order(weight.to(x.dtype).float())
         ctx.save_for_backward(x, weight)
         y = torch.empty_like(x)
         threads = torch.get_num_threads()
-        _library().convolution(*_sizes(x), *addresses(x, weight, None, y), False, threads)
+        _library(x.dtype).convolution(*_sizes(x), *addresses(x, weight, None, y), False, threads)
         return (y, x.view_as(x)) if conv.passes else y
 
     @staticmethod
@@ -43,7 +47,7 @@ class CompiledConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy, dpassed = (None if d is None else _in_order(d) for d in (dy, dpassed))
         dx = dweight = None
-        library, sizes, threads = _library(), _sizes(x), torch.get_num_threads()
+        library, sizes, threads = _library(x.dtype), _sizes(x), torch.get_num_threads()
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             library.convolution(*sizes, *addresses(dy, weight, dpassed, dx), True, threads)
@@ -53,13 +57,13 @@ class CompiledConv(torch.autograd.Function):
         return dx, dweight, None
 
 
-def compile_convs_ahead() -> None:
-    compile_ahead(SOURCE)
+def compile_convs_ahead(dtype: torch.dtype) -> None:
+    compile_ahead(SOURCE, for_values_of(dtype))
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    library = compiled(SOURCE)
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    library = compiled(SOURCE, for_values_of(dtype))
     sizes = [c_int, c_int64, c_int, c_int]
     library.convolution.argtypes = [*sizes, *[c_void_p] * 4, c_int, c_int]
     library.weight_gradient.argtypes = [*sizes, *[c_void_p] * 3, c_int]

@@ -6,20 +6,15 @@
 //
 // Sums are float over BLOCK rows and double beyond, in PARTS parts that are added in their order:
 // the same for any number of threads. Comparisons are such that what is not a number stays so.
-//
-// Compiled once for tensors of either type, with -DVALUE=bf16 or -DVALUE=float.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "channels.h"
+#include "compiled.h"
 
 namespace {
-
-using bf16 = uint16_t;
-using Value = VALUE;
 
 constexpr int PARTS = 64;
 constexpr int BLOCK = 64;

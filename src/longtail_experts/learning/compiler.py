@@ -11,8 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+VALUES = {torch.bfloat16: "bf16", torch.float32: "float"}  # of tensors, and their names there
 COMPILER = "c++"  # unless the environment names another, as CXX
 # CXX may bring -ffast-math: PyTorch's own numbers below 1e-38 would become 0 in this process.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-fno-trapping-math", "-fopenmp")
@@ -113,6 +115,11 @@ def openmp_libraries() -> set[str]:
         return set()
     files = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
     return {file for file in files if Path(file).name.startswith(OPENMP)}
+
+
+def for_values_of(dtype: torch.dtype) -> str:
+    """The option that compiles a source for tensors of `dtype`."""
+    return f"-DVALUE={VALUES[dtype]}"
 
 
 def addresses(*tensors: Tensor | None) -> list[int | None]:

@@ -21,9 +21,9 @@ from longtail_experts.learning.losses import Objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of activations in training passes
 # images: compiling layers has repaid itself then, even where nothing is done beside it. It takes 2
-# to 5 s in float32, where it saves 0.8 to 2.7 ms an image, and 1.3 s in bf16, for 0.12 to 0.2 ms
+# to 5 s in float32, where it saves 0.8 to 2.7 ms an image, and 2.4 to 3 s in bf16, for 0.7 ms
 # (benchmarks/README.md).
-COMPILE_REPAID_AFTER = {"fp32": 3_000, "bf16": 20_000}
+COMPILE_REPAID_AFTER = {"fp32": 3_000, "bf16": 5_000}
 
 
 class NonFiniteLossError(RuntimeError):
