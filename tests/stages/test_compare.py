@@ -310,6 +310,31 @@ def test_what_cannot_be_compared_is_said_in_one_line(experts_copy, arguments, sa
     assert len(all_runs()) == before
 
 
+def test_an_experiment_that_cannot_be_looked_into_is_said_to_be_so(store, monkeypatch, capsys):
+    """Rather than to hold no experts."""
+    deleted = mlflow.create_experiment("deleted")
+    MlflowClient().delete_experiment(deleted)
+    absent = "987654321"
+    for variable, value, says in (
+        (
+            "MLFLOW_EXPERIMENT_NAME",
+            "deleted",
+            f"is deleted; restore it first (mlflow experiments restore --experiment-id {deleted})",
+        ),
+        (
+            "MLFLOW_EXPERIMENT_ID",
+            deleted,
+            f"is deleted; restore it first (mlflow experiments restore --experiment-id {deleted})",
+        ),
+        ("MLFLOW_EXPERIMENT_ID", absent, f"EXPERIMENT_ID={absent}: not in the store; there are:"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            assert main(["compare"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert says in line
+
+
 def labels(*names: tuple[str, str, str], knob: str = "tau") -> list[str]:
     described = [(loss, {knob: value} if value else {}, seed) for loss, value, seed in names]
     return distinct_labels(described, [letter * 32 for letter in "abcdef"[: len(names)]])

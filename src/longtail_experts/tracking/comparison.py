@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mlflow
 import numpy as np
 import torch
+from mlflow.exceptions import MlflowException
 from torch import Tensor
 
 from longtail_experts.config import MLFLOW_RUN, Config, to_text
@@ -30,7 +31,14 @@ from longtail_experts.tracking import report
 from longtail_experts.tracking.experts import recorded_config
 from longtail_experts.tracking.identity import shortened_hashes
 from longtail_experts.tracking.logits import ExpertLogits, read_logits, require_calibrated
-from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_run, store_to_read
+from longtail_experts.tracking.runs import (
+    NOT_THERE,
+    Run,
+    RunError,
+    launched_run_id,
+    open_run,
+    store_to_read,
+)
 
 DEPLOYMENTS = {"uniform": "test_balanced", "test_lt": "test_lt"}  # prior q -> split scored under it
 POSTHOC_TAUS = tuple(step / 4 for step in range(9))  # 0 ... 2
@@ -145,13 +153,23 @@ def chosen_runs(
 
 def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     """Of the experiment named, or of that into which a run started now would go."""
-    if not name and "MLFLOW_EXPERIMENT_ID" in os.environ:
-        return os.environ["MLFLOW_EXPERIMENT_ID"]
+    by_id = os.environ.get("MLFLOW_EXPERIMENT_ID", "") if not name else ""
     name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
-    found = client.get_experiment_by_name(name)
+    said = f"MLFLOW_EXPERIMENT_ID={by_id[:60]}" if by_id else f"experiment={name[:60]}"
+    try:
+        found = client.get_experiment(by_id) if by_id else client.get_experiment_by_name(name)
+    except MlflowException as error:
+        if error.error_code not in NOT_THERE:
+            raise
+        found = None
     if found is None:
         known = ", ".join(e.name for e in client.search_experiments(max_results=10))
-        raise RunError(f"experiment={name[:60]}: not in the store; there are: {known}")
+        raise RunError(f"{said}: not in the store; there are: {known}")
+    if found.lifecycle_stage == "deleted":
+        raise RunError(
+            f"{said}: is deleted; restore it first "
+            f"(mlflow experiments restore --experiment-id {found.experiment_id})"
+        )
     return found.experiment_id
 
 

@@ -67,6 +67,7 @@ NOTE = "mlflow.note.content"
 EXPERT_MODEL = "expert"  # its name as a logged model
 IN_A_RUN = "in run "
 BATCH = 1000  # what one log_batch call may hold
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # else a store has failed
 
 
 class RunError(RuntimeError):
@@ -345,8 +346,8 @@ def open_run(run_id: str) -> Run:
         info = run.client.get_run(run_id).info
         experiment = run.client.get_experiment(info.experiment_id)
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise  # a store that fails is not one without the run
+        if error.error_code not in NOT_THERE:
+            raise
         raise RunError(f"run_id={run_id[:60]}: not found in the store {uri}") from None
     if experiment.lifecycle_stage == "deleted":
         raise RunError(
