@@ -457,7 +457,7 @@ def test_another_config_is_refused_by_name(interrupted, tiny_arguments, capfd, t
     assert Run(run_id).status == "KILLED"
     capfd.readouterr()
     assert main(["train", "--resume", "nosuchrun"]) == 2
-    assert "run_id=nosuchrun: not found" in capfd.readouterr().err
+    assert "resume=nosuchrun: not found" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["calibrate", "--run_id"], ["train", "--resume"]])

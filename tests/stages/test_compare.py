@@ -295,7 +295,7 @@ def all_runs() -> list:
         (["--deployment", "train"], "deployment='train': give one of uniform, test_lt"),
         (["--different_splits", "yes"], "different_splits='yes': give true or false"),
         (["--sweep", "CE"], "none of its 0 child runs is a calibrated expert"),
-        (["--sweep", "nonsense"], "run_id=nonsense: not found"),
+        (["--sweep", "nonsense"], "sweep=nonsense: not found"),
         (["--sweep", "PARENT", "--last", "2"], "sweep together with last: give one of them"),
         (["--experiment", "elsewhere"], "experiment=elsewhere: not in the store; there are:"),
     ],

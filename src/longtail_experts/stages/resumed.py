@@ -65,7 +65,7 @@ def open_begun(run_id: str, given: dict[str, str], recipe: Config | None) -> Beg
     with other values than those `given`, or those of the `recipe` that was named with them;
     DataError where its images are not there.
     """
-    source, what = open_run(run_id), f"resume={run_id}"
+    source, what = open_run(run_id, "resume"), f"resume={run_id}"
     if os.environ.get("MLFLOW_RUN_ID") == run_id:  # mlflow run --run-id: the run itself, no pointer
         what = f"MLFLOW_RUN_ID={run_id}"
         del os.environ["MLFLOW_RUN_ID"]

@@ -336,8 +336,8 @@ def store_to_read() -> Iterator[mlflow.MlflowClient]:
         yield mlflow.MlflowClient()
 
 
-def open_run(run_id: str) -> Run:
-    """A run that exists; raises RunError where the store has none of that id."""
+def open_run(run_id: str, field: str = "run_id") -> Run:
+    """A run that exists; raises RunError, naming `field`, where the store has none of that id."""
     uri = mlflow.get_tracking_uri()
     with store_to_read() as client:
         client.search_experiments(max_results=1)
@@ -348,15 +348,16 @@ def open_run(run_id: str) -> Run:
     except MlflowException as error:
         if error.error_code not in NOT_THERE:
             raise
-        raise RunError(f"run_id={run_id[:60]}: not found in the store {uri}") from None
+        raise RunError(f"{field}={run_id[:60]}: not found in the store {uri}") from None
     if experiment.lifecycle_stage == "deleted":
         raise RunError(
-            f"run_id={run_id}: its experiment is deleted; restore that first "
+            f"{field}={run_id}: its experiment is deleted; restore that first "
             f"(mlflow experiments restore --experiment-id {info.experiment_id})"
         )
     if info.lifecycle_stage == "deleted":
         raise RunError(
-            f"run_id={run_id}: is deleted; restore it first (mlflow runs restore --run-id {run_id})"
+            f"{field}={run_id}: is deleted; restore it first "
+            f"(mlflow runs restore --run-id {run_id})"
         )
     return run
 

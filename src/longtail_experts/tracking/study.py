@@ -189,7 +189,7 @@ def interval(values: Mapping[Key, float], kind: str) -> Interval | None:
 def read_sweep(sweep_id: str) -> Study:
     """All calibrated experts of a sweep: children of its run, and those that its trials.json
     names because they were finished before it. RunError where there are none."""
-    parent = open_run(sweep_id)
+    parent = open_run(sweep_id, "sweep")
     listed, without_run = listed_trials(parent)
     deleted: list[str] = []
     with store_to_read() as client:
