@@ -37,10 +37,11 @@ DTYPES = pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 
 
 def assert_equals_float64_but_for_rounding(conv: Conv, x: Tensor) -> None:
-    """Of values in bf16 each is rounded once, by half of 2**-8 at most; sums are not."""
+    """Of values in bf16 each is rounded once, which makes 1.7e-3 of their length (3.3e-3 if it were
+    not to the nearest), and twice that of a variance at most; sums of gradients are not rounded."""
     for name, value in how_far_from_float64(conv, [x]).items():
         moments, sums = name.startswith("the moments"), "weight" in name
-        at_most = 1e-6 if x.dtype == FLOAT or sums else 2 ** (-8 if moments else -9)
+        at_most = 1e-6 if x.dtype == FLOAT or sums else (4e-3 if moments else 2e-3)
         assert value < at_most, name
 
 

@@ -1,7 +1,7 @@
 """Which layers of a network take this project's C++ in training passes on a CPU.
 
-Batch norms with what follows them, of which PyTorch goes over memory more often, and convolutions,
-for which Winograd's algorithm takes a quarter of the multiplications: most of a step, each
+Convolutions, most of a step, for which Winograd's algorithm takes a quarter of the multiplications,
+and batch norms with what follows them, for which PyTorch goes over memory more often
 (benchmarks/README.md).
 """
 

@@ -55,10 +55,11 @@ inline Vector load(const bf16* at) {
 
 inline void store(Vector values, float* at) { std::memcpy(at, &values, sizeof values); }
 
-inline void store(Vector values, bf16* at) {  // rounded to the nearest, of two to the even one
+// Rounded to the nearest, of two to the even one. What is not a number stays so: it comes from bf16 or
+// from an operation of the processor, with nothing in its lower half to carry.
+inline void store(Vector values, bf16* at) {
     Words bits = (Words)values, up = bits + 0x7fff + ((bits >> 16) & 1);
-    Words rounded = values != values ? bits | 0x400000 : up;
-    Halves halves = __builtin_convertvector(rounded >> 16, Halves);
+    Halves halves = __builtin_convertvector(up >> 16, Halves);
     std::memcpy(at, &halves, sizeof halves);
 }
 
