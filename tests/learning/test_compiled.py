@@ -37,8 +37,9 @@ LISTED = compiler.FLAGS
 BEGINS = """
 import time
 from pathlib import Path
+import torch
 from longtail_experts.learning.compiler import compile_ahead
-compile_ahead(Path("x.cpp"))
+compile_ahead(Path("x.cpp"), torch.float32)
 """
 
 
@@ -62,24 +63,28 @@ def of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, targets)
 
 
-def losses_of(state: TrainState, num_steps: int = 4, precision: str = "bf16") -> list[float]:
+def losses_of(
+    state: TrainState,
+    num_steps: int = 4,
+    precision: str = "bf16",
+    size: int = 16,
+    lr: float = 0.01,
+) -> list[float]:
     random = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(num_steps):
-        images = torch.randn(16, 3, 16, 16, generator=random).to(state.model.fc.weight.dtype)
-        targets = torch.randint(5, (16,), generator=random)
-        loss = train_step(state, images, targets, of_logits, 0.01, precision)
+        images = torch.randn(size, 3, 16, 16, generator=random).to(state.model.fc.weight.dtype)
+        targets = torch.randint(5, (size,), generator=random)
+        loss = train_step(state, images, targets, of_logits, lr, precision)
         losses.append(float(loss))
     return losses
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("precision", "first", "all_four"), [("bf16", 0.02, 0.15), ("fp32", 1e-6, 0.02)]
-)
-def test_a_training_takes_them(precision, first, all_four, monkeypatch):
-    """After some steps activations next to 0 have flipped: losses in bf16, PyTorch's as these, are
-    up to 7 % from float64's then (eight networks), to either side."""
+@pytest.mark.parametrize(("precision", "apart"), [("bf16", 0.02), ("fp32", 1e-6)])
+def test_a_training_takes_them(precision, apart, monkeypatch):
+    """In steps so small, of so many images, that what flips is little: in bf16 the losses of either
+    path are up to 7 % from float64's with 16 images and a rate of 0.01 (eight networks)."""
     taken = []
 
     def noted(kind: type[torch.autograd.Function]) -> None:
@@ -92,12 +97,13 @@ def test_a_training_takes_them(precision, first, all_four, monkeypatch):
     state, plain = (start(precision=precision, fast=fast) for fast in (True, False))
     assert (state.path, plain.path) == ("compiled", "plain")
     taken.clear()
-    losses = losses_of(state, precision=precision)
+    steps = {"precision": precision, "size": 64, "lr": 0.003}
+    losses = losses_of(state, **steps)
     norms, convs = ((kind, DTYPES[precision]) for kind in (CompiledNorm, CompiledConv))
     assert Counter(taken) == {norms: len(losses) * 33, convs: len(losses) * 28}
-    expected = losses_of(plain, precision=precision)
-    assert losses[0] == pytest.approx(expected[0], rel=first)
-    assert losses == pytest.approx(expected, rel=all_four)
+    expected = losses_of(plain, **steps)
+    assert losses[0] == pytest.approx(expected[0], rel=apart)
+    assert losses == pytest.approx(expected, rel=0.02)  # activations next to 0 flip
     images = torch.randn(2, 3, 32, 32)
     again = start(fast=False).model
     again.load_state_dict(state.model.state_dict())

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from longtail_experts.learning import compiler
 from longtail_experts.learning.compiled_conv import compiled_conv
+from longtail_experts.learning.compiler import VALUES
 from longtail_experts.learning.fused import how_far_from_float64
 from longtail_experts.learning.layers import Conv
 
@@ -33,19 +34,18 @@ def a_conv(
     return conv
 
 
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-
-
 def assert_equals_float64_but_for_rounding(conv: Conv, x: Tensor) -> None:
     """Of values in bf16 each is rounded once, which makes 1.7e-3 of their length (3.3e-3 if it were
     not to the nearest), and twice that of a variance at most; sums of gradients are not rounded."""
-    for name, value in how_far_from_float64(conv, [x]).items():
+    apart = how_far_from_float64(conv, [x])
+    assert len(apart) == 4 + conv.passes
+    for name, value in apart.items():
         moments, sums = name.startswith("the moments"), "weight" in name
         at_most = 1e-6 if x.dtype == FLOAT or sums else (4e-3 if moments else 2e-3)
         assert value < at_most, name
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", VALUES, ids=str)
 @pytest.mark.parametrize("passes", [True, False])
 @pytest.mark.parametrize(
     ("channels", "images", "height", "width"),
@@ -60,7 +60,7 @@ def test_equals_float64_but_for_rounding(channels, images, height, width, passes
     assert_equals_float64_but_for_rounding(a_conv(channels, passes=passes, dtype=dtype), x)
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", VALUES, ids=str)
 @pytest.mark.parametrize("option", ["-mno-avx512f", "-mno-avx", "-D__AVX512F__"])
 def test_with_registers_of_any_width(option, dtype, compiles_anew, monkeypatch):
     """For the last, where there are none of AVX-512, the compiler takes several for one."""
@@ -84,14 +84,14 @@ def test_a_filter_of_one_tap_moves_the_image(channels, tap):
     torch.testing.assert_close(conv(x).detach(), moved, rtol=0, atol=2e-5)
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", VALUES, ids=str)
 def test_the_same_bits_for_any_number_of_threads(dtype):
     inputs = draw(37, 32, 20, 12, dtype=dtype)
     layer = partial(a_conv, 32, passes=True, dtype=dtype)
     assert_same_bits_for_any_number_of_threads(layer, inputs)
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", VALUES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("of_weights", [True, False])
 def test_what_is_not_finite_is_not_hidden(value, of_weights, dtype):

@@ -315,17 +315,10 @@ def test_an_experiment_that_cannot_be_looked_into_is_said_to_be_so(store, monkey
     deleted = mlflow.create_experiment("deleted")
     MlflowClient().delete_experiment(deleted)
     absent = "987654321"
+    restore = f"deleted; restore that first (mlflow experiments restore --experiment-id {deleted})"
     for variable, value, says in (
-        (
-            "MLFLOW_EXPERIMENT_NAME",
-            "deleted",
-            f"is deleted; restore it first (mlflow experiments restore --experiment-id {deleted})",
-        ),
-        (
-            "MLFLOW_EXPERIMENT_ID",
-            deleted,
-            f"is deleted; restore it first (mlflow experiments restore --experiment-id {deleted})",
-        ),
+        ("MLFLOW_EXPERIMENT_NAME", "deleted", restore),
+        ("MLFLOW_EXPERIMENT_ID", deleted, restore),
         ("MLFLOW_EXPERIMENT_ID", absent, f"EXPERIMENT_ID={absent}: not in the store; there are:"),
     ):
         with monkeypatch.context() as patch:

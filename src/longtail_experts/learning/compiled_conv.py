@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longtail_experts.learning.compiler import addresses, compile_ahead, compiled, for_values_of
+from longtail_experts.learning.compiler import addresses, compile_ahead, compiled
 from longtail_experts.learning.layers import Conv, as_autocast_has_it
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -58,12 +58,12 @@ class CompiledConv(torch.autograd.Function):
 
 
 def compile_convs_ahead(dtype: torch.dtype) -> None:
-    compile_ahead(SOURCE, for_values_of(dtype))
+    compile_ahead(SOURCE, dtype)
 
 
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    library = compiled(SOURCE, for_values_of(dtype))
+    library = compiled(SOURCE, dtype)
     sizes = [c_int, c_int64, c_int, c_int]
     library.convolution.argtypes = [*sizes, *[c_void_p] * 4, c_int, c_int]
     library.weight_gradient.argtypes = [*sizes, *[c_void_p] * 3, c_int]

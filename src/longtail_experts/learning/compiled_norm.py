@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longtail_experts.learning.compiler import addresses, compile_ahead, compiled, for_values_of
+from longtail_experts.learning.compiler import addresses, compile_ahead, compiled
 from longtail_experts.learning.layers import Norm
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -36,12 +36,12 @@ def compiled_norm(
 
 
 def compile_norms_ahead(dtype: torch.dtype) -> None:
-    compile_ahead(SOURCE, for_values_of(dtype))
+    compile_ahead(SOURCE, dtype)
 
 
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    library = compiled(SOURCE, for_values_of(dtype))
+    library = compiled(SOURCE, dtype)
     numbers = [c_double, c_int, c_int]
     library.norm_forward.argtypes = [c_int, c_int64, *[c_void_p] * 8, c_double, *numbers]
     library.norm_backward.argtypes = [c_int, c_int64, *[c_void_p] * 10, *numbers]

@@ -23,19 +23,20 @@ COMPILER_SECONDS = 120  # that it may take
 OPENMP = ("libgomp", "libiomp", "libomp")  # its libraries
 
 
-def compile_ahead(source: Path, *options: str) -> None:
+def compile_ahead(source: Path, dtype: torch.dtype) -> None:
     """Begins what `compiled` waits for, beside whatever this process does until then."""
     with suppress(OSError, RuntimeError):  # which `compiled` raises
-        _begun(source, *options)
+        _begun(source, dtype)
 
 
 @functools.cache
-def compiled(source: Path, *options: str) -> ctypes.CDLL:
-    """The library that `source` is; RuntimeError, with the reason, where there is none.
+def compiled(source: Path, dtype: torch.dtype) -> ctypes.CDLL:
+    """The library that `source` is for tensors of `dtype`; RuntimeError, with the reason, where
+    there is none.
 
     Once a process, which takes seconds.
     """
-    begun = _begun(source, *options)
+    begun = _begun(source, dtype)
     before = _openmp_libraries_at_first()
     try:
         _, said = begun.process.communicate(timeout=COMPILER_SECONDS)
@@ -69,7 +70,7 @@ class _Compilation(NamedTuple):
 
 
 @functools.cache
-def _begun(source: Path, *options: str) -> _Compilation:
+def _begun(source: Path, dtype: torch.dtype) -> _Compilation:
     compiler = shlex.split(os.environ.get("CXX", "")) or [COMPILER]
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     path = Path(folder.name, f"{source.stem}.so")
@@ -78,7 +79,7 @@ def _begun(source: Path, *options: str) -> _Compilation:
             [
                 *compiler,
                 *FLAGS,
-                *options,
+                f"-DVALUE={VALUES[dtype]}",
                 f"-I{HEADERS}",
                 "-shared",
                 "-fPIC",
@@ -115,11 +116,6 @@ def openmp_libraries() -> set[str]:
         return set()
     files = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
     return {file for file in files if Path(file).name.startswith(OPENMP)}
-
-
-def for_values_of(dtype: torch.dtype) -> str:
-    """The option that compiles a source for tensors of `dtype`."""
-    return f"-DVALUE={VALUES[dtype]}"
 
 
 def addresses(*tensors: Tensor | None) -> list[int | None]:

@@ -37,6 +37,7 @@ from longtail_experts.tracking.runs import (
     RunError,
     launched_run_id,
     open_run,
+    require_not_deleted,
     store_to_read,
 )
 
@@ -165,11 +166,7 @@ def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     if found is None:
         known = ", ".join(e.name for e in client.search_experiments(max_results=10))
         raise RunError(f"{said}: not in the store; there are: {known}")
-    if found.lifecycle_stage == "deleted":
-        raise RunError(
-            f"{said}: is deleted; restore it first "
-            f"(mlflow experiments restore --experiment-id {found.experiment_id})"
-        )
+    require_not_deleted(found, f"{said}:")
     return found.experiment_id
 
 

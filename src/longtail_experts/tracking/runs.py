@@ -349,17 +349,22 @@ def open_run(run_id: str, field: str = "run_id") -> Run:
         if error.error_code not in NOT_THERE:
             raise
         raise RunError(f"{field}={run_id[:60]}: not found in the store {uri}") from None
-    if experiment.lifecycle_stage == "deleted":
-        raise RunError(
-            f"{field}={run_id}: its experiment is deleted; restore that first "
-            f"(mlflow experiments restore --experiment-id {info.experiment_id})"
-        )
+    require_not_deleted(experiment, f"{field}={run_id}: its experiment")
     if info.lifecycle_stage == "deleted":
         raise RunError(
             f"{field}={run_id}: is deleted; restore it first "
             f"(mlflow runs restore --run-id {run_id})"
         )
     return run
+
+
+def require_not_deleted(experiment: mlflow.entities.Experiment, what: str) -> None:
+    """RunError, beginning with `what`, where an experiment is deleted."""
+    if experiment.lifecycle_stage == "deleted":
+        raise RunError(
+            f"{what} is deleted; restore that first "
+            f"(mlflow experiments restore --experiment-id {experiment.experiment_id})"
+        )
 
 
 @contextmanager
