@@ -310,7 +310,7 @@ def test_trials_that_were_finished_before_the_sweep_count(short, store):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--sweeps", "nonsense", "--out", "a.md"], "sweep=nonsense: not found"),
+        (["--sweeps", "nonsense", "--out", "a.md"], "sweeps=nonsense: not found"),
         (["--sweeps", "ID,ID", "--out", "a.md"], "is given 2 times"),
         (["--sweeps", "ID", "--out", "a.html"], "out=a.html: give the name of a Markdown file"),
         (["--sweeps", "ID", "--out", "file/a.md"], "out=file/a.md: cannot be written"),

@@ -43,6 +43,7 @@ from longtail_experts.tracking.patience import in_haste
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError, one_process
+from longtail_experts.tracking.stores import is_file_of_this_host, store_address
 from longtail_experts.tracking.study import SPLITS_FOLLOW_FROM
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
         experiment = sweeps.experiment_here()
         stack.enter_context(
             one_process(
-                f"sweep {sweeps.store_address()} {experiment} {sweep_sha256}",
+                f"sweep {store_address()} {experiment} {sweep_sha256}",
                 "another process is at this sweep already; wait for its end",
             )
         )
@@ -315,8 +316,8 @@ def require_room_for(ray: Any, address: str, threads: int) -> None:
     if threads > most:
         raise ConfigError(f"cpus_per_trial={threads}: no node has more than {most:g} cores")
     hosts = {node["NodeManagerHostname"] for node in nodes} - {socket.gethostname()}
-    store = sweeps.store_address()
-    if address != LOCAL and hosts and sweeps.is_file_of_this_host(store):
+    store = store_address()
+    if address != LOCAL and hosts and is_file_of_this_host(store):
         log.warning(
             "the store %s is a file: unless %s share it with this host, use a tracking server",
             store,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import requests
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import OperationalError
 
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals, stop_if_heeded
@@ -66,10 +67,10 @@ def is_transient(error: BaseException) -> bool:
         return error.response is not None and error.response.status_code in (502, 503, 504)
     if isinstance(error, requests.RequestException | ConnectionError | TimeoutError):
         return True
-    if not isinstance(error, MlflowException):
+    if not isinstance(error, MlflowException | OperationalError):
         return False
-    says = str(error).lower()
-    return error.error_code == "TEMPORARILY_UNAVAILABLE" or any(text in says for text in TRANSIENT)
+    is_named = getattr(error, "error_code", None) == "TEMPORARILY_UNAVAILABLE"
+    return is_named or any(text in str(error).lower() for text in TRANSIENT)
 
 
 def patiently(call: Callable[[], T], seconds: float, heeds: bool = True) -> T:

@@ -53,6 +53,12 @@ from longtail_experts.tracking.report import (
     typed_by_hand,
     with_air,
 )
+from longtail_experts.tracking.stores import (
+    require_answer,
+    require_lasting,
+    shown,
+    store_address,
+)
 
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -332,13 +338,12 @@ def _store_at_fault(what: str) -> Iterator[None]:
 def store_to_read() -> Iterator[mlflow.MlflowClient]:
     """A client for a look around; StoreError where the store cannot be read."""
     uri = mlflow.get_tracking_uri()
-    with _store_at_fault(f"the store {uri} cannot be read"), _first_contact(uri):
+    with _store_at_fault(f"the store {shown(uri)} cannot be read"), _first_contact(uri):
         yield mlflow.MlflowClient()
 
 
 def open_run(run_id: str, field: str = "run_id") -> Run:
     """A run that exists; raises RunError, naming `field`, where the store has none of that id."""
-    uri = mlflow.get_tracking_uri()
     with store_to_read() as client:
         client.search_experiments(max_results=1)
     run = Run(run_id)
@@ -348,7 +353,8 @@ def open_run(run_id: str, field: str = "run_id") -> Run:
     except MlflowException as error:
         if error.error_code not in NOT_THERE:
             raise
-        raise RunError(f"{field}={run_id[:60]}: not found in the store {uri}") from None
+        store = shown(mlflow.get_tracking_uri())
+        raise RunError(f"{field}={run_id[:60]}: not found in the store {store}") from None
     require_not_deleted(experiment, f"{field}={run_id}: its experiment")
     if info.lifecycle_stage == "deleted":
         raise RunError(
@@ -411,7 +417,8 @@ def start_run(
 
     try:
         # What has begun waits for a store that is away: a child's parent, a run once more.
-        with _store_at_fault(f"no run can be started in {uri}"):
+        with _store_at_fault(f"no run can be started in {shown(uri)}"):
+            require_lasting(uri)
             patiently(open_it, patience() if parent or existing else 0.0)
         if existing is None and (is_generated(run.name) or name.startswith("DEMO")):
             run.rename(name)
@@ -492,8 +499,8 @@ def end_unopened_run() -> None:
 def _first_contact(uri: str) -> Iterator[None]:
     """One process of this host at a time: MLflow creates its tables, and an experiment, without
     a lock, and all but one of the processes that do so at once fail. Signals wait for its end."""
-    path = uri.removeprefix("sqlite:///")
-    with host_lock(uri if path == uri else os.path.abspath(path)), delayed_signals():
+    require_answer(uri)
+    with host_lock(store_address()), delayed_signals():
         yield
 
 

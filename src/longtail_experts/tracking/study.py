@@ -186,10 +186,10 @@ def interval(values: Mapping[Key, float], kind: str) -> Interval | None:
 # --- which runs -------------------------------------------------------------------------------
 
 
-def read_sweep(sweep_id: str) -> Study:
+def read_sweep(sweep_id: str, field: str = "sweep") -> Study:
     """All calibrated experts of a sweep: children of its run, and those that its trials.json
-    names because they were finished before it. RunError where there are none."""
-    parent = open_run(sweep_id, "sweep")
+    names because they were finished before it. RunError, naming `field`, where there are none."""
+    parent = open_run(sweep_id, field)
     listed, without_run = listed_trials(parent)
     deleted: list[str] = []
     with store_to_read() as client:
@@ -217,7 +217,7 @@ def read_sweep(sweep_id: str) -> Study:
     done = [run for run in experts.values() if run.data.tags.get("calibrated") == "true"]
     if not done:
         raise RunError(
-            f"sweep={sweep_id}: none of its {len(children)} child runs is a calibrated expert; "
+            f"{field}={sweep_id}: none of its {len(children)} child runs is a calibrated expert; "
             "give the id of a sweep's own run, once it has some"
         )
     left_out = [run.info for run in experts.values() if run not in done]

@@ -26,6 +26,7 @@ from longtail_experts.tracking.runs import (
     start_run,
     store_to_read,
 )
+from longtail_experts.tracking.stores import store_address
 
 Key = tuple[str, str]  # config_sha256, splits_sha256; the code version is always ours
 STATES = ("finished", "found", "running", "waiting", "stopped", "failed")
@@ -261,17 +262,6 @@ def _table(parent: Run, trials: Sequence[Trial]) -> tuple[list[str], list[list[s
 
 
 # --- for processes of other folders and hosts -------------------------------------------------
-
-
-def store_address() -> str:
-    """The tracking URI as it reads in any folder."""
-    uri = mlflow.get_tracking_uri()
-    path = uri.removeprefix("sqlite:///")
-    return uri if path == uri or not path else f"sqlite:///{os.path.abspath(path)}"
-
-
-def is_file_of_this_host(uri: str) -> bool:
-    return uri.startswith(("sqlite:", "file:", "/", "."))
 
 
 def environment_of_trials(parent: Run) -> dict[str, str]:

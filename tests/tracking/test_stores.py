@@ -1,0 +1,107 @@
+"""Stores that cannot be used are told at once, and no password is shown."""
+
+import os
+import socket
+
+import mlflow
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from longtail_experts.cli import main
+from longtail_experts.tracking import patience
+from longtail_experts.tracking.patience import is_transient
+from longtail_experts.tracking.runs import open_run, start_run
+from longtail_experts.tracking.stores import require_answer, shown
+
+
+@pytest.mark.parametrize(
+    ("uri", "seen"),
+    [
+        ("postgresql+psycopg://lab:s3:cret@db:5432/x", "postgresql+psycopg://lab:***@db:5432/x"),
+        ("https://lab:s3cret@mlflow.lab/a:s3cret@b", "https://lab:***@mlflow.lab/a:s3cret@b"),
+        ("postgresql://lab@db/x", "postgresql://lab@db/x"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+        ("mlruns", "mlruns"),
+    ],
+)
+def test_a_password_is_not_shown(uri, seen):
+    assert shown(uri) == seen
+
+
+@pytest.fixture
+def away():
+    """The address of a PostgreSQL that nobody has started."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        yield f"postgresql+psycopg://lab:s3cret@127.0.0.1:{nobody.getsockname()[1]}/x"
+
+
+@pytest.mark.parametrize(
+    "command", [["data", "--config", "demo", "--images_per_class", "16"], ["reap"]]
+)
+def test_a_database_that_is_away_is_asked_once(command, away, tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", away)
+    ten_tries = "mlflow.store.db.utils.create_sqlalchemy_engine_with_retry"
+    monkeypatch.setattr(ten_tries, lambda _: pytest.fail("MLflow asked it as well"))
+    assert main(command) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "refused" in line
+    assert "s3cret" not in line
+    assert not caplog.records
+
+
+def test_what_has_begun_waits_for_a_database_that_is_away(away):
+    with pytest.raises(OperationalError) as refused:
+        require_answer(away)
+    assert is_transient(refused.value)
+
+
+def test_a_run_is_begun_in_a_database_that_comes_back(store, monkeypatch):
+    """A child's: of a new process, which has not connected before."""
+    answer, left = require_answer, [2]
+
+    def comes_back(uri: str) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OperationalError("connect", {}, ConnectionError("Connection refused"))
+        answer(uri)
+
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
+    with start_run("parent", {"stage": "all"}) as parent:
+        monkeypatch.setattr("longtail_experts.tracking.runs.require_answer", comes_back)
+        with start_run("child", {"stage": "main"}, parent=parent) as child:
+            pass
+    assert (left, child.status) == ([0], "FINISHED")
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("sqlite://", "in memory, gone with the process: name a file, as sqlite:///mlflow.db"),
+        ("sqlite:///", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+        ("sqlite:////proc/mlflow.db", "the folder cannot be written ("),
+        ("sqlite:///folder/", "a folder: name a file in it, as sqlite:///folder/mlflow.db"),
+    ],
+)
+def test_a_store_that_keeps_nothing_is_refused(uri, says, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (tmp_path / "folder").mkdir()
+    assert main(["data", "--config", "demo", "--images_per_class", "16"]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: no run can be started in {uri}: {says}")
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_a_store_that_is_read_only_is_read_and_takes_no_run(store, monkeypatch, capfd):
+    with start_run("a run", {"stage": "data"}) as run:
+        pass
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)  # root may write anything
+    assert open_run(run.run_id).status == "FINISHED"
+    assert main(["data", "--config", "demo", "--images_per_class", "16"]) == 2
+    assert capfd.readouterr().err.endswith(": the file is write-protected\n")
+    assert len(mlflow.search_runs()) == 1
