@@ -31,6 +31,7 @@ from longtail_experts.config import CHANGES_NO_FIGURE, Config, ConfigError, load
 from longtail_experts.stages import sweep as sweep_stage
 from longtail_experts.stages.grid import MOST_TRIALS, points_of, read_sweep
 from longtail_experts.tracking import sweeps
+from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.report import SIGNATURE
 from longtail_experts.tracking.runs import one_process, start_run
 from longtail_experts.tracking.stores import store_address
@@ -257,6 +258,12 @@ def test_a_failing_trial_is_tried_twice_and_stops_no_other(swept_store):
         assert child.data.tags.get("resumed") == (None if is_good else "1")
         assert is_good or "not finite" in trial["reason"]
         assert trial["run_id"] in parent.data.tags["mlflow.note.content"]
+
+
+@needs_ray
+def test_only_of_trials_that_failed_a_log_stays(swept_store):
+    kept = local_folder(swept_store["parent"]).iterdir()
+    assert sorted(file.name for file in kept) == ["00000.log", "00001.log"]
 
 
 @needs_ray

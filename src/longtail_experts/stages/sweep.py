@@ -135,6 +135,8 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
                     f"{len(failed)} of {len(jobs)} trials failed twice: {named}{more}; the same "
                     "command tries them again"
                 )
+        with suppress(OSError):  # there is none, or it holds the log of a trial that was stopped
+            local_folder(parent.run_id).rmdir()
     return parent.run_id
 
 

@@ -61,13 +61,15 @@ def run_trial(order: Order) -> Outcome:
     try:
         with output_in(log):
             try:
-                return Outcome(run_id=_run(order))
+                outcome = Outcome(run_id=_run(order))
             except Exception as error:
                 traceback.print_exc()
                 return Outcome(reason=first_line(error), tail=tail_of(log))
             except BaseException as stop:
                 print(f"stopped: {stop}", file=sys.stderr)
                 return Outcome(reason=first_line(stop), stopped=True)
+        log.unlink(missing_ok=True)
+        return outcome
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
