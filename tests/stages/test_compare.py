@@ -319,6 +319,7 @@ def test_an_experiment_that_cannot_be_looked_into_is_said_to_be_so(store, monkey
     for variable, value, says in (
         ("MLFLOW_EXPERIMENT_NAME", "deleted", restore),
         ("MLFLOW_EXPERIMENT_ID", deleted, restore),
+        ("MLFLOW_EXPERIMENT_NAME", "x", "MLFLOW_EXPERIMENT_NAME=x: not in the store; there are:"),
         ("MLFLOW_EXPERIMENT_ID", absent, f"EXPERIMENT_ID={absent}: not in the store; there are:"),
     ):
         with monkeypatch.context() as patch:

@@ -91,9 +91,11 @@ def run(run_ids: list[str], out: Path) -> None:
     for split in ARGSE_SPLITS:
         files[f"data/{name}_splits/{split}_indices.json"] = first.splits[split].indices.tolist()
     if index_space != "torchvision":
+        cifar = CIFARS.get(str(manifest.get("source")))
         log.warning(
-            "indices are not in torchvision's order of CIFAR-100 but in that of the source "
-            "%s...; targets and index_space.json are written beside them",
+            "indices are %sin the order of the source %s...; targets and index_space.json are "
+            "written beside them",
+            f"not in torchvision's order of {cifar.title} but " if cifar else "",
             shorten(index_space[:12]),
         )
         space = {"index_space": index_space}
