@@ -166,7 +166,9 @@ def _main(arguments: list[str]) -> int:
 
 
 def _complain(error: Exception, code: int) -> int:
-    says = shorten(" ".join(str(error).split()), 1000)
+    from longtail_experts.data.sources import without_passwords
+
+    says = shorten(without_passwords(" ".join(str(error).split())), 1000)
     print("error:", says, file=sys.stderr)
     if "MLFLOW_RUN_ID" in os.environ:  # the launcher's run, which has nothing on its page yet
         from longtail_experts.tracking.runs import note_failure

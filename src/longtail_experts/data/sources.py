@@ -73,11 +73,17 @@ class DataError(ValueError):
     """What is wrong with the images, and where, in one line."""
 
 
+def without_passwords(text: str) -> str:
+    """The addresses in it as people may see them."""
+    text = re.sub(r"(://[^/@:\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", text)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one line; its type where it says nothing.
 
     Two lines where the first only leads to the second, as of MLflow's downloads and SQLAlchemy;
-    of a connection that fails its reason.
+    of a connection that fails its reason. Passwords in addresses are left out.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
@@ -85,7 +91,7 @@ def first_line(error: Exception) -> str:
     if reason := NETWORK_SAYS.search(lines[0]):
         return reason[1]
     leads = lines[0].endswith(":") or lines[0].startswith("(raised as")
-    return " ".join(lines[: 1 + leads])
+    return without_passwords(" ".join(lines[: 1 + leads]))
 
 
 @dataclass(frozen=True)

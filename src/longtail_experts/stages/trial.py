@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from longtail_experts.config import Config
-from longtail_experts.data.sources import first_line
+from longtail_experts.data.sources import first_line, without_passwords
 from longtail_experts.stages.inputs import load_dataset, resolve
 from longtail_experts.stages.main import run_one
 from longtail_experts.tracking import sweeps
@@ -111,4 +111,4 @@ def output_in(path: Path) -> Iterator[None]:
 
 def tail_of(path: Path) -> str:
     sys.stderr.flush()
-    return path.read_text(encoding="utf-8", errors="replace")[-TAIL:]
+    return without_passwords(path.read_text(encoding="utf-8", errors="replace")[-TAIL:])

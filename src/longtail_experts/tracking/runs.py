@@ -34,7 +34,7 @@ from mlflow.utils import name_utils
 
 from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.locks import host_lock
-from longtail_experts.data.sources import first_line
+from longtail_experts.data.sources import first_line, without_passwords
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.patience import (
     KILLED_PATIENCE,
@@ -53,12 +53,7 @@ from longtail_experts.tracking.report import (
     typed_by_hand,
     with_air,
 )
-from longtail_experts.tracking.stores import (
-    require_answer,
-    require_lasting,
-    shown,
-    store_address,
-)
+from longtail_experts.tracking.stores import require_answer, require_lasting, store_address
 
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -338,7 +333,7 @@ def _store_at_fault(what: str) -> Iterator[None]:
 def store_to_read() -> Iterator[mlflow.MlflowClient]:
     """A client for a look around; StoreError where the store cannot be read."""
     uri = mlflow.get_tracking_uri()
-    with _store_at_fault(f"the store {shown(uri)} cannot be read"), _first_contact(uri):
+    with _store_at_fault(f"the store {without_passwords(uri)} cannot be read"), _first_contact(uri):
         yield mlflow.MlflowClient()
 
 
@@ -353,7 +348,7 @@ def open_run(run_id: str, field: str = "run_id") -> Run:
     except MlflowException as error:
         if error.error_code not in NOT_THERE:
             raise
-        store = shown(mlflow.get_tracking_uri())
+        store = without_passwords(mlflow.get_tracking_uri())
         raise RunError(f"{field}={run_id[:60]}: not found in the store {store}") from None
     require_not_deleted(experiment, f"{field}={run_id}: its experiment")
     if info.lifecycle_stage == "deleted":
@@ -417,7 +412,7 @@ def start_run(
 
     try:
         # What has begun waits for a store that is away: a child's parent, a run once more.
-        with _store_at_fault(f"no run can be started in {shown(uri)}"):
+        with _store_at_fault(f"no run can be started in {without_passwords(uri)}"):
             require_lasting(uri)
             patiently(open_it, patience() if parent or existing else 0.0)
         if existing is None and (is_generated(run.name) or name.startswith("DEMO")):

@@ -1,9 +1,9 @@
 """The store that a tracking URI names; asked, before MLflow asks it, whether it is there."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.store.db.db_types import DATABASE_ENGINES
@@ -29,18 +29,12 @@ def is_file_of_this_host(uri: str) -> bool:
     return uri.startswith(("sqlite:", "file:", "/", "."))
 
 
-def shown(uri: str) -> str:
-    """For people: without the password in it."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@", 1) if password else uri
-
-
 def require_answer(uri: str) -> None:
     """Raises what a database says that cannot be connected to; other stores are not asked.
 
     MLflow tries ten times, for 100 seconds in which no signal is heeded.
     """
-    if urlsplit(uri).scheme.partition("+")[0] not in DATABASE_ENGINES:
+    if re.split(r"\+|:", uri)[0] not in DATABASE_ENGINES:
         return
     if path := sqlite_path(uri):
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
