@@ -111,4 +111,4 @@ def output_in(path: Path) -> Iterator[None]:
 
 def tail_of(path: Path) -> str:
     sys.stderr.flush()
-    return without_passwords(path.read_text(encoding="utf-8", errors="replace")[-TAIL:])
+    return without_passwords(path.read_text(encoding="utf-8", errors="replace"))[-TAIL:]

@@ -154,12 +154,14 @@ def chosen_runs(
 
 def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     """Of the experiment named, or of that into which a run started now would go."""
-    by_id = os.environ.get("MLFLOW_EXPERIMENT_ID", "") if not name else ""
-    by_name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "") if not name else ""
+    by_id = "" if name else os.environ.get("MLFLOW_EXPERIMENT_ID", "")
+    by_name = "" if name or by_id else os.environ.get("MLFLOW_EXPERIMENT_NAME", "")
+    said = f"experiment={name[:60] or 'Default'}"
+    if by_id:
+        said = f"MLFLOW_EXPERIMENT_ID={by_id[:60]}"
+    elif by_name:
+        said = f"MLFLOW_EXPERIMENT_NAME={by_name[:60]}"
     name = name or by_name or "Default"
-    said = f"experiment={name[:60]}"
-    if by_id or by_name:
-        said = f"MLFLOW_EXPERIMENT_{f'ID={by_id[:60]}' if by_id else f'NAME={by_name[:60]}'}"
     try:
         found = client.get_experiment(by_id) if by_id else client.get_experiment_by_name(name)
     except MlflowException as error:
