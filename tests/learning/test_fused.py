@@ -52,7 +52,7 @@ CONVS = [  # images, channels in and out, side, size of the filter, stride
 
 def kernels_take(dtype: torch.dtype) -> AbstractContextManager:
     """In here convolutions in `dtype` go by them."""
-    return mock.patch("longtail_experts.learning.fused_conv.PRECISIONS", (dtype,))
+    return mock.patch.object(fused_module, "PRECISIONS", (dtype,))
 
 
 def require_same_norms(device: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -517,19 +517,62 @@ def test_a_convolution_is_compared_on_what_autocast_makes_of_its_input(monkeypat
     assert {inputs[0].dtype for _, inputs in layers_seen} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("hands_on", [True, False])
 def test_a_convolution_is_compared_with_the_norm_before_it_and_a_norm_with_given_moments(
-    monkeypatch,
+    monkeypatch, hands_on
 ):
+    """Where that one's kernel hands them on: else the norm's own makes them."""
     model = build_resnet32(10, "projection", seed=0)
     layers = {m: None for m in model.modules() if isinstance(m, Conv | Norm)}
     monkeypatch.setattr(fused_module, "fusible", lambda model: layers)
-    seen = fused_module.layers_in(model, lambda: model(torch.randn(2, 3, 8, 8))).values()
+    with kernels_take(torch.float32 if hands_on else torch.bfloat16):
+        seen = fused_module.layers_in(model, lambda: model(torch.randn(2, 3, 8, 8))).values()
     kinds = [type(module).__name__ for module, _ in seen]
     assert Counter(kinds) == {"NormThenConv": 9, "Conv": 3, "Norm": 3}
     for module, (x, *_) in seen:
         if not isinstance(module, Conv):
+            assert hasattr(x, "moments") == hands_on
+        if hasattr(x, "moments"):
             torch.testing.assert_close(x.moments[0], x.mean((0, 2, 3)))
             torch.testing.assert_close(x.moments[1], x.var((0, 2, 3), unbiased=False))
+
+
+@pytest.mark.parametrize("factor", [1, 1.003])
+def test_moments_are_those_of_the_output_as_it_is_rounded(factor):
+    """Of two images rounding moves them by more than what a kernel is allowed."""
+    torch.manual_seed(0)
+    pair = NormThenConv(Norm(16), Conv(16, 16)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 16, 4, 4).to(torch.bfloat16, memory_format=torch.channels_last)
+
+    def convolve(x: torch.Tensor, weight: torch.Tensor, conv: Conv) -> torch.Tensor:
+        y = conv.plain(x)
+        y.moments = factor * fused_module.moments_of(y)
+        return y
+
+    @contextmanager
+    def handing_on(pair: NormThenConv) -> Iterator[None]:
+        pair.conv.fused = convolve
+        yield
+
+    is_wrong = pytest.raises(ValueError, match=r"^the moments of output 0 of ")
+    with nullcontext() if factor == 1 else is_wrong:
+        require_same_layer(pair, [x], handing_on)
+
+
+def test_layers_are_compared_as_a_step_takes_them(monkeypatch):
+    """Not in TF32: cuDNN's convolutions would be 3e-4 away, and float32 is allowed a third."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    allowed = []
+
+    @contextmanager
+    def noting(conv: Conv) -> Iterator[None]:
+        conv.fused = lambda x, weight, conv: (
+            allowed.append(torch.backends.cudnn.allow_tf32) or conv.plain(x)
+        )
+        yield
+
+    require_same_layer(Conv(3, 16), [torch.randn(2, 3, 4, 4)], noting)
+    assert allowed == [False]
 
 
 def test_on_a_cpu_nothing_is_fused():

@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtail_experts.learning.backend import exact_float32
 from longtail_experts.learning.layers import Conv, Norm, as_autocast_has_it
 
 log = logging.getLogger(__name__)
 
 WIDTHS = (16, 32, 64)  # channels that convolutions have kernels for, and 3 going in
+PRECISIONS = (torch.bfloat16,)  # that these take: in float32 cuDNN's are as exact, and faster
 # How far a result may be from that of the same inputs in float64, lengths as in Euclid. bf16
 # rounds a value to 2^-9; a tap that is left out, or a row of pixels, is ten times as much away.
 LAYER_APART = 1e-2
 FLOAT32_APART = 1e-4  # of outputs in float32; of gradients a ReLU may let another one through
 STATISTICS_APART = 1e-3  # summed up in 256 parts: without one of them they are 4e-3 away
 VALUE_APART = 0.25  # of one value of an output, as a share of their root mean square
+MOMENTS = "the moments of output 0"
 COMPILERS = 8  # threads
 _same: set[tuple] = set()  # kinds of module, and of input, that were found to agree
 
@@ -52,6 +55,12 @@ def kernel_of(module: nn.Module) -> Kernel | None:
     in_order = module.weight.is_contiguous(memory_format=torch.channels_last)
     fits = module.out_channels in WIDTHS and module.in_channels in (3, *WIDTHS)
     return fused_conv.fused_conv if in_order and fits else None
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a convolution's kernels take x, and make its output's moments: in bf16, with even
+    sides."""
+    return x.dtype in PRECISIONS and not (x.shape[2] % 2 or x.shape[3] % 2)
 
 
 @contextmanager
@@ -115,7 +124,8 @@ def layers_in(
     convolution with the batch norm before it, where there is one; else either alone."""
     seen: dict[tuple, Layer] = {}
     made_by: dict[int, tuple[nn.Module, Tensor]] = {}  # outputs, by id: kept, so that it is theirs
-    # That no convolution has followed yet: what came to them, and whether from one, with moments.
+    with_moments: set[nn.Module] = set()  # convolutions that hand on those of their output
+    # That no convolution has followed yet: what came to them, and whether with moments.
     norms: dict[nn.Module, tuple[tuple[Tensor, ...], bool]] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], has_moments: bool = False) -> None:
@@ -130,8 +140,10 @@ def layers_in(
         made = output[0] if isinstance(output, tuple) else output
         before, _ = made_by.get(id(inputs[0]), (None, None))
         made_by[id(made)] = module, made
+        if isinstance(module, Conv) and takes(as_autocast_has_it(inputs[0])):
+            with_moments.add(module)
         if isinstance(module, Norm):
-            norms[module] = inputs, isinstance(before, Conv)
+            norms[module] = inputs, before in with_moments
         elif before in norms:
             note(NormThenConv(before, module), *norms.pop(before))
         else:
@@ -178,7 +190,7 @@ def require_same_layer(module: nn.Module, inputs: list[Tensor], kernels: Kernels
 
 def _at_most(name: str, dtype: torch.dtype) -> float:
     """How far a result of that name may be away, of a layer that takes `dtype`."""
-    if "moments" in name or "running" in name:
+    if name == MOMENTS or "running" in name:
         return STATISTICS_APART
     return FLOAT32_APART if name.startswith("output") and dtype == torch.float32 else LAYER_APART
 
@@ -208,10 +220,12 @@ def _beside_float64(
         if isinstance(layer, Conv):  # autocast rounds its weights, as the kernels do
             layer.weight.data = layer.weight.data.to(inputs[0].dtype)
     random = torch.Generator(inputs[0].device).manual_seed(0)
-    with kernels(trial):
+    with kernels(trial), exact_float32():  # as in a step
         found = _results(trial, inputs, random)
     exact, exactly = exact.double(), [x.double() for x in inputs]
     expected = _results(exact, exactly, random.manual_seed(0), inputs[0].dtype)
+    if MOMENTS in found:  # of the values that it has, rounded as they are
+        expected[MOMENTS] = moments_of(found["output 0"].double())
     return {name: (found[name].double(), exact.double()) for name, exact in expected.items()}
 
 
@@ -240,5 +254,5 @@ def _results(
     found |= {f"the gradient of input {i}": x.grad for i, x in enumerate(leaves)}
     found |= {f"the gradient of {name}": p.grad for name, p in module.named_parameters()}
     if not isinstance(module, Norm):
-        found["the moments of output 0"] = moments_of(outputs[0])
+        found[MOMENTS] = moments_of(outputs[0])
     return found | {name: x.detach().clone() for name, x in module.named_buffers()}

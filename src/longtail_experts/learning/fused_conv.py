@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from longtail_experts.learning.fused import takes
 from longtail_experts.learning.fused_norm import (
     Normed,
     counter_of,
@@ -37,7 +38,6 @@ from longtail_experts.learning.layers import Conv, as_autocast_has_it
 TILE = 8192  # values that a program multiplies with a tap at a time
 EACH = 16384  # values of the output's gradient that one program sums up for the weights' gradient
 RUN = 64  # pixels of them at a time
-PRECISIONS = (torch.bfloat16,)  # in float32 cuDNN's are as exact, and faster
 SUMMED = 8192  # values of partial sums that one program holds
 
 _beside: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # by the one that they run beside
@@ -226,9 +226,9 @@ def _sum_parts(partial, dw, num_weights, num_parts, PARTS: tl.constexpr, TOGETHE
 
 
 def fused_conv(x: Tensor, weight: Tensor, conv: Conv) -> Tensor | tuple[Tensor, Tensor]:
-    """What `conv` makes of x in a training pass: by these kernels in bf16, for even sides."""
+    """What `conv` makes of x in a training pass."""
     seen = as_autocast_has_it(x)
-    if seen.dtype not in PRECISIONS or seen.shape[2] % 2 or seen.shape[3] % 2:
+    if not takes(seen):
         return conv.plain(x)
     return FusedConv.apply(seen.contiguous(memory_format=torch.channels_last), weight, conv)
 
