@@ -251,6 +251,13 @@ def test_what_a_stream_cannot_show_is_spelled_out():
     assert content.getvalue() == b"\\u2611 \\xb1\n"
 
 
+def test_no_password_is_written_by_whoever_writes_an_address():
+    """MLflow links to the runs of a server."""
+    stream = io.StringIO()
+    print("View run at: http://lab:s3cret@host/#/runs/1", file=cli._Lasting(stream))
+    assert stream.getvalue() == "View run at: http://lab:***@host/#/runs/1\n"
+
+
 def test_a_command_whose_output_nobody_reads_ends_as_it_would(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)

@@ -24,6 +24,7 @@ from longtail_experts.config import (
     nearest,
     shorten,
 )
+from longtail_experts.data.addresses import without_passwords
 from longtail_experts.learning.garbage import no_garbage_collected
 from longtail_experts.tracking.interrupts import (
     ENDING,
@@ -100,7 +101,8 @@ class _OneLine(logging.Formatter):
 
 
 class _Lasting:
-    """A stream that outlives its reader: a training whose terminal or pipe is gone goes on."""
+    """A stream that outlives its reader: a training whose terminal or pipe is gone goes on. What
+    anybody, MLflow too, writes of an address comes without the password."""
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
@@ -109,7 +111,8 @@ class _Lasting:
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            self._stream.write(without_passwords(text))
+            return len(text)
         except OSError:
             self._let_go()
             return len(text)
@@ -166,8 +169,6 @@ def _main(arguments: list[str]) -> int:
 
 
 def _complain(error: Exception, code: int) -> int:
-    from longtail_experts.data.sources import without_passwords
-
     says = shorten(without_passwords(" ".join(str(error).split())), 1000)
     print("error:", says, file=sys.stderr)
     if "MLFLOW_RUN_ID" in os.environ:  # the launcher's run, which has nothing on its page yet

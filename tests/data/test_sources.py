@@ -893,22 +893,3 @@ def test_offline_asks_nobody(monkeypatch):
 )
 def test_what_an_error_says_in_one_line(says, line):
     assert sources.first_line(ValueError(says)) == line
-
-
-@pytest.mark.parametrize(
-    ("text", "seen"),
-    [
-        ("postgresql+psycopg://lab:s3:c@t/x@db:5432/x", "postgresql+psycopg://lab:***@db:5432/x"),
-        ("to https://lab:s3@mlflow.lab/a: no (a@b)", "to https://lab:***@mlflow.lab/a: no (a@b)"),
-        ("http://:s3cret@host", "http://:***@host"),
-        ("http://lab:p[w@host", "http://lab:***@host"),
-        ("postgresql:///x?user=lab&password=s3&a=b", "postgresql:///x?user=lab&password=***&a=b"),
-        ("postgresql://lab@db/x", "postgresql://lab@db/x"),
-        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
-        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
-        ("mlruns", "mlruns"),
-    ],
-)
-def test_no_password_is_shown(text, seen):
-    assert sources.without_passwords(text) == seen
-    assert sources.first_line(ValueError(text)) == seen

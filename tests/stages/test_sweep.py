@@ -34,7 +34,7 @@ from longtail_experts.tracking import sweeps
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.report import SIGNATURE
 from longtail_experts.tracking.runs import one_process, start_run
-from longtail_experts.tracking.stores import store_address
+from longtail_experts.tracking.stores import one_store, store_address
 from longtail_experts.tracking.sweeps import Trial
 
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -297,7 +297,7 @@ def test_the_same_command_repeats_only_what_failed(swept_store, capfd):
 @needs_ray
 def test_two_processes_do_not_run_one_sweep(swept_store, capfd):
     parent = MlflowClient().get_run(swept_store["parent"])
-    here = store_address()  # experiment 0 is in every store
+    here = one_store(store_address())  # experiment 0 is in every store
     this = f"sweep {here} {parent.info.experiment_id} {parent.data.tags['sweep_sha256']}"
     with one_process(this, "not here"):
         assert main(["sweep", "--sweep", swept_store["file"]]) == 1

@@ -12,8 +12,11 @@ from longtail_experts.cli import _complain, main
 from longtail_experts.stages.trial import tail_of
 from longtail_experts.tracking import patience
 from longtail_experts.tracking.patience import is_transient
-from longtail_experts.tracking.runs import open_run, start_run
-from longtail_experts.tracking.stores import require_answer
+from longtail_experts.tracking.registry import register
+from longtail_experts.tracking.runs import Run, open_run, start_run
+from longtail_experts.tracking.stores import one_store, require_answer
+
+TEN_TRIES = "mlflow.store.db.utils.create_sqlalchemy_engine_with_retry"
 
 
 @pytest.fixture
@@ -33,8 +36,7 @@ def test_a_store_that_is_away_is_asked_once(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{kind}://{away}")
-    ten_tries = "mlflow.store.db.utils.create_sqlalchemy_engine_with_retry"
-    monkeypatch.setattr(ten_tries, lambda _: pytest.fail("MLflow asked it as well"))
+    monkeypatch.setattr(TEN_TRIES, lambda _: pytest.fail("MLflow asked it as well"))
     assert main(command) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ")
@@ -74,6 +76,10 @@ def test_a_run_is_begun_in_a_database_that_comes_back(store, monkeypatch):
         ("sqlite://", "in memory, gone with the process: name a file, as sqlite:///mlflow.db"),
         ("sqlite:///", "in memory"),
         ("sqlite:///:memory:", "in memory"),
+        ("sqlite:///:memory:?timeout=30", "in memory"),
+        ("sqlite+pysqlite:///:memory:", "in memory"),
+        ("sqlite:///file::memory:?cache=shared&uri=true", "in memory"),
+        ("sqlite:///file:x?mode=memory&uri=true", "in memory"),
         ("http://[x", ""),
         ("sqlite:////proc/mlflow.db", "the folder cannot be written ("),
         ("sqlite:///folder/", "a folder: name a file in it, as sqlite:///folder/mlflow.db"),
@@ -89,7 +95,9 @@ def test_a_store_that_keeps_nothing_is_refused(uri, says, tmp_path, monkeypatch,
     assert not list((tmp_path / "folder").iterdir())
 
 
-def test_a_store_that_is_read_only_is_read_and_takes_no_run(store, monkeypatch, capfd):
+@pytest.mark.parametrize("spelling", ["sqlite:///{}", "sqlite+pysqlite:///{}?timeout=30"])
+def test_a_store_that_is_read_only_is_read_and_takes_no_run(spelling, store, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", spelling.format(store / "mlflow.db"))
     with start_run("a run", {"stage": "data"}) as run:
         pass
     monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)  # root may write anything
@@ -107,3 +115,24 @@ def test_what_mlflow_says_of_a_request_is_shown_without_the_password(tmp_path, m
     log = tmp_path / "0.log"
     log.write_text(says.format("s3cret"))
     assert tail_of(log) == says.format("***")
+
+
+def test_one_store_has_one_lock_however_it_is_spelled(tmp_path, monkeypatch):
+    """Else two processes make its tables at once, and one fails."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    spellings = ["folder/m.db", "link/m.db", "./folder/m.db?timeout=30", f"{tmp_path}/link/m.db"]
+    spellings.append("file:link/m.db?uri=true")
+    assert len({one_store(f"sqlite:///{spelling}") for spelling in spellings}) == 1
+    assert one_store("http://host:5000") == "http://host:5000"
+
+
+def test_a_registry_that_is_away_keeps_no_expert_waiting(away, store, monkeypatch, caplog):
+    run = Run("0" * 32)
+    monkeypatch.setattr(TEN_TRIES, lambda _: pytest.fail("MLflow asked it as well"))
+    monkeypatch.setattr(mlflow, "get_registry_uri", lambda: f"postgresql+psycopg://{away}/x")
+    register(run, "a-name")
+    (record,) = caplog.records
+    assert "register_as=a-name: not registered (" in record.message
+    assert "refused" in record.message

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longtail_experts.data.addresses import without_passwords
 from longtail_experts.data.archives import read_npz
 
 log = logging.getLogger(__name__)
@@ -71,12 +72,6 @@ NETWORK_SAYS = re.compile(r"Max retries exceeded.*\[Errno -?\d+\] ([\w ,]+)")
 
 class DataError(ValueError):
     """What is wrong with the images, and where, in one line."""
-
-
-def without_passwords(text: str) -> str:
-    """The addresses in it as people may see them."""
-    text = re.sub(r"(://[^/@:\s]*):\S*@", r"\1:***@", text)
-    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", text)
 
 
 def first_line(error: Exception) -> str:

@@ -43,7 +43,7 @@ from longtail_experts.tracking.patience import in_haste
 from longtail_experts.tracking.recorder import local_folder
 from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, RunError, one_process
-from longtail_experts.tracking.stores import is_file_of_this_host, store_address
+from longtail_experts.tracking.stores import is_file_of_this_host, one_store, store_address
 from longtail_experts.tracking.study import SPLITS_FOLLOW_FROM
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
         experiment = sweeps.experiment_here()
         stack.enter_context(
             one_process(
-                f"sweep {store_address()} {experiment} {sweep_sha256}",
+                f"sweep {one_store(store_address())} {experiment} {sweep_sha256}",
                 "another process is at this sweep already; wait for its end",
             )
         )

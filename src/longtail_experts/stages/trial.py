@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from longtail_experts.config import Config
-from longtail_experts.data.sources import first_line, without_passwords
+from longtail_experts.data.addresses import without_passwords
+from longtail_experts.data.sources import first_line
 from longtail_experts.stages.inputs import load_dataset, resolve
 from longtail_experts.stages.main import run_one
 from longtail_experts.tracking import sweeps

@@ -13,6 +13,7 @@ from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.logits import SplitLogits, read_logits
 from longtail_experts.tracking.runs import Run, RunError, open_run
+from longtail_experts.tracking.stores import require_answer
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def register(run: Run, name: str) -> None:
     Whatever fails, a warning says how to repeat it: a finished expert does not fail for that.
     """
     try:
+        require_answer(mlflow.get_registry_uri())
         with host_lock(f"{mlflow.get_registry_uri()} {name}"):  # two would both challenge the third
             outcome = _register(run, name)
     except Exception as error:

@@ -33,8 +33,9 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.utils import name_utils
 
 from longtail_experts.config import MLFLOW_RUN
+from longtail_experts.data.addresses import without_passwords
 from longtail_experts.data.locks import host_lock
-from longtail_experts.data.sources import first_line, without_passwords
+from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
 from longtail_experts.tracking.patience import (
     KILLED_PATIENCE,
@@ -53,7 +54,7 @@ from longtail_experts.tracking.report import (
     typed_by_hand,
     with_air,
 )
-from longtail_experts.tracking.stores import require_answer, require_lasting, store_address
+from longtail_experts.tracking.stores import one_store, require_answer, require_lasting
 
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -495,7 +496,7 @@ def _first_contact(uri: str) -> Iterator[None]:
     """One process of this host at a time: MLflow creates its tables, and an experiment, without
     a lock, and all but one of the processes that do so at once fail. Signals wait for its end."""
     require_answer(uri)
-    with host_lock(store_address()), delayed_signals():
+    with host_lock(one_store(uri)), delayed_signals():
         yield
 
 

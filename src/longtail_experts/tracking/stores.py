@@ -8,25 +8,39 @@ from pathlib import Path
 import mlflow
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.store.db.utils import create_sqlalchemy_engine
-
-SQLITE = "sqlite:///"
+from sqlalchemy import make_url
 
 
 def store_address() -> str:
     """The tracking URI as it reads in any folder."""
     uri = mlflow.get_tracking_uri()
-    path = sqlite_path(uri)
-    return f"{SQLITE}{os.path.abspath(path)}" if path else uri
-
-
-def sqlite_path(uri: str) -> str:
-    """Of the file of an SQLite store; empty for others, and where it is in memory."""
-    path = uri.removeprefix(SQLITE)
-    return "" if path in (uri, ":memory:") else path
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri or not path else f"sqlite:///{os.path.abspath(path)}"
 
 
 def is_file_of_this_host(uri: str) -> bool:
     return uri.startswith(("sqlite:", "file:", "/", "."))
+
+
+def one_store(uri: str) -> str:
+    """The same for all addresses of an SQLite store; another one as it is."""
+    return str(_file_of(uri) or uri)
+
+
+def _file_of(uri: str) -> Path | None:
+    """Of an SQLite store, links followed; None where it is in memory, and of other stores."""
+    if _kind(uri) != "sqlite":
+        return None
+    url = make_url(uri)
+    path = (url.database or "").removeprefix("file:")
+    if path in ("", ":memory:") or url.query.get("mode") == "memory":
+        return None
+    return Path(os.path.realpath(path))
+
+
+def _kind(uri: str) -> str:
+    """What stands before the name of a driver, or of a host."""
+    return re.split("[+:]", uri, maxsplit=1)[0]
 
 
 def require_answer(uri: str) -> None:
@@ -34,10 +48,10 @@ def require_answer(uri: str) -> None:
 
     MLflow tries ten times, for 100 seconds in which no signal is heeded.
     """
-    if re.split(r"\+|:", uri)[0] not in DATABASE_ENGINES:
+    if _kind(uri) not in DATABASE_ENGINES:
         return
-    if path := sqlite_path(uri):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
+    if file := _file_of(uri):
+        file.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
     engine = create_sqlalchemy_engine(uri)
     try:
         engine.connect().close()
@@ -47,12 +61,11 @@ def require_answer(uri: str) -> None:
 
 def require_lasting(uri: str) -> None:
     """ValueError where an SQLite store would not keep a run."""
-    if not uri.startswith("sqlite:"):
+    if _kind(uri) != "sqlite":
         return
-    path = sqlite_path(uri)
-    if not path:
+    file = _file_of(uri)
+    if file is None:
         raise ValueError("in memory, gone with the process: name a file, as sqlite:///mlflow.db")
-    file = Path(path)
     if file.is_dir():
         raise ValueError(f"a folder: name a file in it, as {uri.rstrip('/')}/mlflow.db")
     # Opened here, and closed, the file would lose the locks that SQLite holds in this process.
