@@ -19,6 +19,9 @@ def end() -> None:
     os._exit(exit_code)
 
 
-from longtail_experts.cli import main  # noqa: E402
+try:
+    from longtail_experts.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 exit_code = main(sys.argv[1:])

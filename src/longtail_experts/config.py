@@ -421,11 +421,18 @@ def parse_mapping(text: str, what: str) -> dict[Any, Any]:
         raise ConfigError(f"{what}: cannot be read: {shorten(error, 200)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{what}: must hold `field: value` lines")
-    given = Counter(name.value for name, _ in root.value if isinstance(name, yaml.ScalarNode))
+    _require_given_once(root, what)
+    for name, inner in root.value:
+        if isinstance(inner, yaml.MappingNode):
+            _require_given_once(inner, f"{what}: {shorten(name.value)}")
+    return values
+
+
+def _require_given_once(mapping: yaml.MappingNode, what: str) -> None:
+    given = Counter(name.value for name, _ in mapping.value if isinstance(name, yaml.ScalarNode))
     for name, times in given.items():
         if times > 1:
             raise ConfigError(f"{what}: {shorten(name)}: given {times} times")
-    return values
 
 
 def parse_recipe(text: str, what: str) -> dict[str, Any]:

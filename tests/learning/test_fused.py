@@ -559,6 +559,20 @@ def test_moments_are_those_of_the_output_as_it_is_rounded(factor):
         require_same_layer(pair, [x], handing_on)
 
 
+def test_a_value_at_its_channels_mean_is_not_taken_for_a_wrong_one():
+    """At first weights a ReLU is closed there, and open where rounding leaves something."""
+    layer, random = Norm(16), torch.Generator().manual_seed(0)
+    x = torch.randint(-1, 2, (2, 16, 4, 4), generator=random).to(torch.bfloat16)
+    x[1] = -x[0]  # so that every mean is 0, as a third of all values
+
+    @contextmanager
+    def rounding(trial: Norm) -> Iterator[None]:
+        trial.fused = lambda x, added, weight, bias, norm, relu: norm.plain(x + 1e-6, added)
+        yield
+
+    require_same_layer(layer, [x.to(memory_format=torch.channels_last)], rounding)
+
+
 def test_layers_are_compared_as_a_step_takes_them(monkeypatch):
     """Not in TF32: cuDNN's convolutions would be 3e-4 away, and float32 is allowed a third."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)

@@ -116,6 +116,10 @@ def test_refusals_come_before_anything_is_written(finished, tmp_path, capfd):
     assert not out.exists()
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(ce, tmp_path / "file" / "out")
+    in_the_way = tmp_path / "o/outputs/logits/images_natural/ce_baseline/test_lt_logits.pt"
+    in_the_way.mkdir(parents=True)
+    assert "test_lt_logits.pt is a folder; remove it" in refused(ce, tmp_path / "o")
+    assert not [path for path in (tmp_path / "o").rglob("*") if path.is_file()]
 
 
 def test_a_file_in_the_way_is_refused_before_anything_is_moved(finished, tmp_path):

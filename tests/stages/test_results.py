@@ -310,7 +310,7 @@ def test_trials_that_were_finished_before_the_sweep_count(short, store):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--sweeps", "nonsense", "--out", "a.md"], "sweeps=nonsense: not found"),
+        (["--sweeps", "nonsense", "--out", "new/a.md"], "sweeps=nonsense: not found"),
         (["--sweeps", "ID,ID", "--out", "a.md"], "is given 2 times"),
         (["--sweeps", "ID", "--out", "a.html"], "out=a.html: give the name of a Markdown file"),
         (["--sweeps", "ID", "--out", "file/a.md"], "out=file/a.md: cannot be written"),
@@ -332,3 +332,4 @@ def test_what_cannot_be_written_is_said_in_one_line(store, capsys, arguments, sa
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert says in line
     assert not list(Path().glob("*.md"))
+    assert not Path("new").exists()

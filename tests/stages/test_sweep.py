@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -132,6 +133,13 @@ def test_a_wrong_sweep_is_refused_in_one_line(
     assert says in line
     assert len(line) < 600
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("within", ["grid: {seed: [0], seed: [1]}", "fixed: {lr: 1, lr: 2}"])
+def test_what_is_given_twice_is_refused_however_deep(tmp_path, within):
+    (tmp_path / "sweep.yaml").write_text(f"config: demo\n{within}\n")
+    with pytest.raises(ConfigError, match=r": (grid: seed|fixed: lr): given 2 times$"):
+        read_sweep(str(tmp_path / "sweep.yaml"), {})
 
 
 def test_a_grid_that_prints_as_gigabytes_is_refused(tmp_path):
@@ -262,8 +270,12 @@ def test_a_failing_trial_is_tried_twice_and_stops_no_other(swept_store):
 
 @needs_ray
 def test_only_of_trials_that_failed_a_log_stays(swept_store):
-    kept = local_folder(swept_store["parent"]).iterdir()
-    assert sorted(file.name for file in kept) == ["00000.log", "00001.log"]
+    kept = sorted(local_folder(swept_store["parent"]).iterdir())
+    assert [file.name for file in kept] == ["00000.log", "00001.log"]
+    for log in kept:
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        assert "error: loss is not finite" in log.read_text()
+        assert "Traceback" not in log.read_text()
 
 
 @needs_ray

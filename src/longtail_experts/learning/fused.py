@@ -24,6 +24,7 @@ LAYER_APART = 1e-2
 FLOAT32_APART = 1e-4  # of outputs in float32; of gradients a ReLU may let another one through
 STATISTICS_APART = 1e-3  # summed up in 256 parts: without one of them they are 4e-3 away
 VALUE_APART = 0.25  # of one value of an output, as a share of their root mean square
+NO_TIE = 1e-3  # added to biases, of which no value of few bits is likely to be the negative
 MOMENTS = "the moments of output 0"
 COMPILERS = 8  # threads
 _same: set[tuple] = set()  # kinds of module, and of input, that were found to agree
@@ -215,7 +216,11 @@ def _beside_float64(
     module: nn.Module, inputs: list[Tensor], kernels: Kernels
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What `how_far_from_float64` compares, in float64."""
-    trial, exact = copy.deepcopy(module), copy.deepcopy(module)
+    trial = copy.deepcopy(module)
+    for layer in trial.modules():
+        if isinstance(layer, Norm):  # else what equals its mean is at a ReLU's 0, as biases begin
+            layer.bias.data += NO_TIE
+    exact = copy.deepcopy(trial)
     for layer in exact.modules():
         if isinstance(layer, Conv):  # autocast rounds its weights, as the kernels do
             layer.weight.data = layer.weight.data.to(inputs[0].dtype)

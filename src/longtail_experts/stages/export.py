@@ -192,6 +192,8 @@ def write_files(out: Path, files: dict[str, Any]) -> None:
     try:
         for path in files:
             (out / path).parent.mkdir(parents=True, exist_ok=True)
+            if (out / path).is_dir():  # found later, half of the others would be replaced already
+                raise RunError(f"out={out}: {path} is a folder; remove it, or give another out")
         with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as scratch:
             for path, content in files.items():
                 local = Path(scratch) / path

@@ -29,6 +29,10 @@ def run(sweep_ids: Sequence[str], out: Path) -> None:
     page = results_page.as_markdown(
         studies, settings, names, f"{command} --out {quote(as_given(out))}"
     )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from None
     with launched_run(f"results {out.name}", {"stage": "results"}):
         try:
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".results-") as scratch:
@@ -47,10 +51,6 @@ def run(sweep_ids: Sequence[str], out: Path) -> None:
 def require_usable(out: Path) -> None:
     if out.suffix != ".md" or out.is_dir():
         raise RunError(f"out={shorten(out)}: give the name of a Markdown file, as docs/results.md")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from None
 
 
 def cannot_write(out: Path, error: OSError) -> RunError:

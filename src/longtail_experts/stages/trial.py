@@ -14,6 +14,7 @@ import torch
 from longtail_experts.config import Config
 from longtail_experts.data.addresses import without_passwords
 from longtail_experts.data.sources import first_line
+from longtail_experts.learning.step import NonFiniteLossError
 from longtail_experts.stages.inputs import load_dataset, resolve
 from longtail_experts.stages.main import run_one
 from longtail_experts.tracking import sweeps
@@ -64,7 +65,10 @@ def run_trial(order: Order) -> Outcome:
             try:
                 outcome = Outcome(run_id=_run(order))
             except Exception as error:
-                traceback.print_exc()
+                if isinstance(error, NonFiniteLossError | RunError):
+                    print(f"error: {error}", file=sys.stderr)
+                else:
+                    traceback.print_exc()
                 return Outcome(reason=first_line(error), tail=tail_of(log))
             except BaseException as stop:
                 print(f"stopped: {stop}", file=sys.stderr)
@@ -92,8 +96,9 @@ def _run(order: Order) -> str:
 
 @contextmanager
 def output_in(path: Path) -> Iterator[None]:
-    """Whatever the process prints, of any language, goes to the end of a file."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Whatever the process prints, of any language, goes to the end of a file, for its owner alone:
+    MLflow prints addresses, with passwords."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     saved = [os.dup(1), os.dup(2)]
     try:
         sys.stdout.flush()
