@@ -562,12 +562,14 @@ def test_moments_are_those_of_the_output_as_it_is_rounded(factor):
 def test_a_value_at_its_channels_mean_is_not_taken_for_a_wrong_one():
     """At first weights a ReLU is closed there, and open where rounding leaves something."""
     layer, random = Norm(16), torch.Generator().manual_seed(0)
-    x = torch.randint(-1, 2, (2, 16, 4, 4), generator=random).to(torch.bfloat16)
-    x[1] = -x[0]  # so that every mean is 0, as a third of all values
+    x = torch.randint(0, 3, (2, 16, 4, 4), generator=random).to(torch.bfloat16)
+    x[1] = 2 - x[0]  # so that every mean is 1, as a third of all values
 
     @contextmanager
     def rounding(trial: Norm) -> Iterator[None]:
-        trial.fused = lambda x, added, weight, bias, norm, relu: norm.plain(x + 1e-6, added)
+        trial.fused = lambda x, added, weight, bias, norm, relu: F.relu(
+            nn.BatchNorm2d.forward(norm, x.float()) + 1e-7
+        ).to(x.dtype)
         yield
 
     require_same_layer(layer, [x.to(memory_format=torch.channels_last)], rounding)
