@@ -315,7 +315,8 @@ def test_an_experiment_that_cannot_be_looked_into_is_said_to_be_so(store, monkey
     deleted = mlflow.create_experiment("deleted")
     MlflowClient().delete_experiment(deleted)
     absent = "987654321"
-    restore = f"deleted; restore that first (mlflow experiments restore --experiment-id {deleted})"
+    undo = f"mlflow experiments restore --experiment-id {deleted}"
+    restore = f"is deleted; restore that first ({undo})"
     for variable, value, says in (
         ("MLFLOW_EXPERIMENT_NAME", "deleted", restore),
         ("MLFLOW_EXPERIMENT_ID", deleted, restore),

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
+from longtail_experts.data.sources import CIFARS
 from longtail_experts.learning.resnet import ResNet32
 from longtail_experts.stages import export
 from longtail_experts.tracking.runs import Run, RunError
@@ -120,6 +121,13 @@ def test_refusals_come_before_anything_is_written(finished, tmp_path, capfd):
     in_the_way.mkdir(parents=True)
     assert "test_lt_logits.pt is a folder; remove it" in refused(ce, tmp_path / "o")
     assert not [path for path in (tmp_path / "o").rglob("*") if path.is_file()]
+
+
+def test_another_order_of_cifar_than_torchvisions_is_said(finished, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(export, "CIFARS", {"images": CIFARS["cifar100"]})
+    export.run([finished["ce"]], tmp_path)
+    order = "indices are not in torchvision's order of CIFAR-100 but in the order of the source"
+    assert sum(record.message.startswith(order) for record in caplog.records) == 1
 
 
 def test_a_file_in_the_way_is_refused_before_anything_is_moved(finished, tmp_path):

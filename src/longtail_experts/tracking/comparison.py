@@ -154,16 +154,17 @@ def chosen_runs(
 
 def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     """Of the experiment named, or of that into which a run started now would go."""
-    by_id = "" if name else os.environ.get("MLFLOW_EXPERIMENT_ID", "")
-    by_name = "" if name or by_id else os.environ.get("MLFLOW_EXPERIMENT_NAME", "")
-    said = f"experiment={name[:60] or 'Default'}"
-    if by_id:
-        said = f"MLFLOW_EXPERIMENT_ID={by_id[:60]}"
-    elif by_name:
-        said = f"MLFLOW_EXPERIMENT_NAME={by_name[:60]}"
-    name = name or by_name or "Default"
+    asked = (
+        ("experiment", name),
+        ("MLFLOW_EXPERIMENT_ID", os.environ.get("MLFLOW_EXPERIMENT_ID")),
+        ("MLFLOW_EXPERIMENT_NAME", os.environ.get("MLFLOW_EXPERIMENT_NAME")),
+        ("experiment", "Default"),
+    )
+    field, value = next((field, value) for field, value in asked if value)
+    said = f"{field}={value[:60]}"
+    find = client.get_experiment if field.endswith("_ID") else client.get_experiment_by_name
     try:
-        found = client.get_experiment(by_id) if by_id else client.get_experiment_by_name(name)
+        found = find(value)
     except MlflowException as error:
         if error.error_code not in NOT_THERE:
             raise

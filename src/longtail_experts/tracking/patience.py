@@ -67,10 +67,10 @@ def is_transient(error: BaseException) -> bool:
         return error.response is not None and error.response.status_code in (502, 503, 504)
     if isinstance(error, requests.RequestException | ConnectionError | TimeoutError):
         return True
-    if not isinstance(error, MlflowException | OperationalError):
-        return False
-    is_named = getattr(error, "error_code", None) == "TEMPORARILY_UNAVAILABLE"
-    return is_named or any(text in str(error).lower() for text in TRANSIENT)
+    if isinstance(error, MlflowException) and error.error_code == "TEMPORARILY_UNAVAILABLE":
+        return True
+    is_of_a_store = isinstance(error, MlflowException | OperationalError)
+    return is_of_a_store and any(text in str(error).lower() for text in TRANSIENT)
 
 
 def patiently(call: Callable[[], T], seconds: float, heeds: bool = True) -> T:

@@ -37,8 +37,9 @@ def register(run: Run, name: str) -> None:
     Whatever fails, a warning says how to repeat it: a finished expert does not fail for that.
     """
     try:
-        require_answer(mlflow.get_registry_uri())
-        with host_lock(f"{mlflow.get_registry_uri()} {name}"):  # two would both challenge the third
+        registry = mlflow.get_registry_uri()
+        require_answer(registry)
+        with host_lock(f"{registry} {name}"):  # two would both challenge the third
             outcome = _register(run, name)
     except Exception as error:
         log.warning(

@@ -327,14 +327,14 @@ def _store_at_fault(what: str) -> Iterator[None]:
     except RunError:
         raise
     except Exception as error:
-        raise StoreError(f"{what}: {first_line(error)}") from None
+        raise StoreError(f"{without_passwords(what)}: {first_line(error)}") from None
 
 
 @contextmanager
 def store_to_read() -> Iterator[mlflow.MlflowClient]:
     """A client for a look around; StoreError where the store cannot be read."""
     uri = mlflow.get_tracking_uri()
-    with _store_at_fault(f"the store {without_passwords(uri)} cannot be read"), _first_contact(uri):
+    with _store_at_fault(f"the store {uri} cannot be read"), _first_contact(uri):
         yield mlflow.MlflowClient()
 
 
@@ -413,7 +413,7 @@ def start_run(
 
     try:
         # What has begun waits for a store that is away: a child's parent, a run once more.
-        with _store_at_fault(f"no run can be started in {without_passwords(uri)}"):
+        with _store_at_fault(f"no run can be started in {uri}"):
             require_lasting(uri)
             patiently(open_it, patience() if parent or existing else 0.0)
         if existing is None and (is_generated(run.name) or name.startswith("DEMO")):
