@@ -419,6 +419,7 @@ def test_text_reads_back_equal(config):
         (0.0, "0"),
         (1234567.0, "1234567"),
         (1e20, "1e+20"),
+        (float("inf"), "inf"),
         (7, "7"),
         ("ce", "ce"),
     ],
@@ -471,6 +472,11 @@ def test_numbers_in_yaml_are_decimal(recipe_file):
     assert (config.lr, config.momentum) == (0.1, 0.9)
 
 
+@pytest.mark.parametrize("word", ["false", "False", "no", "off"])
+def test_false_in_yaml(recipe_file, word):
+    assert load_config(recipe_file(f"fast: {word}"), {}).fast is False
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -480,7 +486,9 @@ def test_numbers_in_yaml_are_decimal(recipe_file):
         ("lr: 1:30.5", "lr=1:30.5: "),
         ("lr: .inf", "lr=.inf: "),
         ("epochs: abc", "epochs=abc: "),
-        ("lr: yes", "lr=true: not a yes/no field"),
+        ("lr: true", "lr=true: not a yes/no field"),
+        ("lr: yes", "lr=yes: "),
+        ("loss: no", "loss=no: "),
         ("1: 2", "unknown field '1'"),
         ("epochs: 256\nlr: 0.1\nepochs: 2", "epochs: given 2 times"),
         ("", "must hold `field: value` lines"),

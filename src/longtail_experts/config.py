@@ -302,7 +302,7 @@ def to_text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         return str(int(value)) if abs(value) < 1e15 else repr(value)
     return str(value)
 
@@ -394,7 +394,8 @@ def read_text(path: Path, what: str) -> str:
 
 
 class DecimalLoader(yaml.SafeLoader):
-    """Numbers as on a command line: YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    """Numbers and truth as on a command line: YAML 1.1 takes 010 for 8, 1:30 for 90, `no` for
+    false."""
 
 
 def _decimal(number: type) -> Callable[[DecimalLoader, yaml.ScalarNode], Any]:
@@ -407,6 +408,11 @@ def _decimal(number: type) -> Callable[[DecimalLoader, yaml.ScalarNode], Any]:
     return construct
 
 
+def _truth(_: DecimalLoader, node: yaml.ScalarNode) -> Any:
+    return {"true": True, "false": False}.get(node.value, node.value)
+
+
+DecimalLoader.add_constructor("tag:yaml.org,2002:bool", _truth)
 DecimalLoader.add_constructor("tag:yaml.org,2002:int", _decimal(int))
 DecimalLoader.add_constructor("tag:yaml.org,2002:float", _decimal(float))
 

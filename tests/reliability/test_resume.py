@@ -449,6 +449,7 @@ def test_another_config_is_refused_by_name(interrupted, tiny_arguments, capfd, t
     assert "epochs=9 (was 6)" in line
     assert "loss=balanced_softmax (was ce)" in refused("--loss", "balanced_softmax")
     assert "source=cifar100 (was images)" in refused("--config", "cifar100_lt")
+    assert "loss=all (was ce)" in refused("--loss", "all")
     assert "train/<class>/" in refused("--data_dir", str(tmp_path))
     assert "epochs=0" in refused("--epochs", "0")
     name = refused("--register_as", "experts")

@@ -22,6 +22,7 @@ from longtail_experts.config import make_config
 from longtail_experts.stages import compare
 from longtail_experts.tracking import comparison, comparison_figures
 from longtail_experts.tracking.comparison import distinct_labels
+from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.runs import Run, RunError, start_run
 
 LOSSES = ("ce", "logit_adjust", "balanced_softmax")
@@ -100,6 +101,7 @@ def test_without_a_choice_the_newest_of_each_loss_are_compared(compared):
         recorded = MlflowClient().get_run(row["run_id"]).data.metrics
         for name, value in recorded.items():
             assert float(row[f"metrics.{name}"]) == value
+        assert row["tags.code_sha256"] == code_sha256()
         assert row["params.lr"] == "0.025"
         assert "" not in (row["params.loss"], row["tags.step_path"])
     header = read(run.info.run_id, "table.csv").splitlines()[0].split(",")

@@ -105,9 +105,18 @@ def test_the_report(store, tiny_arguments, capsys):
     assert "NOT AS THEORY" not in report
     assert "| 1-3 | 0.025 | 0.025 |" in report
     assert "| training | 378 | " in report  # 6 epochs of 63 images
+    assert " in a few steps of 8 images " in report
+    assert " Activations at batch 8, fp32, measured " in report
     assert run.data.params["splits_sha256"][:12] in report
     artifacts = {item.path for item in MlflowClient().list_artifacts(run.info.run_id)}
     assert artifacts == {"report.md", "tables", "figures"}
+
+
+def test_a_batch_is_no_more_than_there_are_images(store, tiny_arguments, capsys):
+    assert main(["preflight", *tiny_arguments, "--batch_size", "128"]) == 0
+    report = capsys.readouterr().out
+    assert " in a few steps of 63 images " in report
+    assert " Activations at batch 63, fp32, measured " in report
 
 
 @pytest.mark.parametrize("what", ["warm-up", "disk", "memory", "losses"])

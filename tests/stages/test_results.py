@@ -333,3 +333,32 @@ def test_what_cannot_be_written_is_said_in_one_line(store, capsys, arguments, sa
     assert says in line
     assert not list(Path().glob("*.md"))
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("artifact", "content"),
+    [
+        ("sweep.yaml", b"\xff\xfe"),
+        ("sweep.yaml", b"grid: {seed: [2024-13-45]}"),
+        ("splits/manifest.json", b'{"pool_counts": [1e999], "splits": {}}'),
+        ("splits/manifest.json", json.dumps({**MANIFEST, "pool_counts": [1e999]}).encode()),
+        ("splits/manifest.json", b"[" * 100_000),
+        ("config.yaml", b"seed: abc"),
+        ("config.yaml", b"lr: 1.0e+400\nepochs: 1.0e+400"),
+    ],
+)
+def test_an_artifact_that_is_damaged_is_named_in_one_line(
+    short, store, tmp_path_factory, capsys, artifact, content
+):
+    damaged = tmp_path_factory.mktemp("damaged") / Path(artifact).name
+    damaged.write_bytes(content)
+    experiment = MlflowClient().get_run(short).info.experiment_id
+    trial = MlflowClient().search_runs(
+        [experiment], f"tags.mlflow.parentRunId = '{short}'", order_by=["start_time ASC"]
+    )[0]
+    run_id = short if artifact == "sweep.yaml" else trial.info.run_id
+    MlflowClient().log_artifact(run_id, str(damaged), str(Path(artifact).parent).strip("."))
+    assert main(["results", "--sweeps", short, "--out", "a.md"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: run {run_id}: {artifact}")
+    assert not Path("a.md").exists()

@@ -75,6 +75,12 @@ def test_what_a_training_does_not_look_at_trains_nothing_twice(tmp_path, grid, t
     assert len(points_of(read_sweep(write(tmp_path, grid=grid), {}))) == trials
 
 
+def test_none_is_what_it_is_on_a_command_line(tmp_path):
+    given = {"grid": {"seed": [0]}, "trials_at_once": "none", "gpus_per_trial": "none"}
+    sweep = read_sweep(write(tmp_path, **given), {})
+    assert (sweep.trials_at_once, sweep.gpus_per_trial) == (None, None)
+
+
 def test_a_grid_may_vary_the_recipe(tmp_path):
     file = write(tmp_path, fixed={"lr": 0.2}, grid={"config": ["demo", "cifar100_lt"]})
     points = points_of(read_sweep(file, {}))
@@ -109,6 +115,7 @@ def test_a_grid_may_vary_the_recipe(tmp_path):
         ({"grid": {"seed": [0]}, "gpus_per_trial": -1}, {}, "gpus_per_trial=-1: "),
         ({"grid": {"seed": [0]}, "gpus_per_trial": 1.5}, {}, "gpus_per_trial=1.5: must be whole"),
         ({"grid": {"seed": [0]}, "config": "nosuch"}, {}, "config=nosuch: no such file"),
+        ({"grid": {"seed": [0, 1]}, "fixed": {"expert_seed": 5}}, {}, "seed: acts through expert"),
         (
             {"grid": {"split_seed": [0, 1]}, "config": "literature"},
             {},
@@ -336,6 +343,10 @@ def test_another_sweep_finds_what_is_finished(swept_store, tiny_arguments, capfd
     assert len(runs("main")) == num_children
     assert main(["sweep", "--sweep", file]) == 0
     assert "nothing was changed" in capfd.readouterr().out
+    assert main(["sweep", "--sweep", file, "--register_as", "found"]) == 0
+    out = capfd.readouterr().out
+    assert "registered as found: version 2" in out
+    assert "nothing else was changed" in out
     assert len(runs("sweep")) == 2
 
 

@@ -20,6 +20,13 @@ def test_all_that_computes_is_part_of_the_code_an_expert_is_known_by():
     assert computes <= {path for pattern in DECIDES_FIGURES for path in PACKAGE.glob(pattern)}
 
 
+def test_all_commits_of_several_resumes_are_told():
+    commits = f"{40 * 'b'}, {40 * 'c'}"
+    assert identity.shortened("resumed.git.commit", commits) == f"{12 * 'b'}, {12 * 'c'}"
+    assert identity.shortened("calibrated.code_sha256", 64 * "d") == 12 * "d"
+    assert identity.shortened("processor", commits) == commits
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Iterator[Callable[..., str]]:
     """A repository that is not ours; calls git there."""

@@ -217,9 +217,9 @@ def test_a_store_that_cannot_register_does_not_fail_the_expert(experts_copy, mon
         raise MlflowException("no registry here")
 
     monkeypatch.setattr("mlflow.register_model", refuse)
-    register(Run(experts_copy["ce"]), "experts")
+    register(Run(experts_copy["ce"]), "my experts")
     assert "no registry here" in caplog.text
-    assert f"registry.register(runs.open_run('{experts_copy['ce']}'), 'experts')" in caplog.text
+    assert f"-P resume={experts_copy['ce']} -P register_as='my experts'" in caplog.text
 
 
 def test_main_registers_what_it_was_asked_to(store, tiny_arguments):

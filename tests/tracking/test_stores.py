@@ -6,6 +6,7 @@ import socket
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
+from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 
 from longtail_experts.cli import _complain, main
@@ -14,7 +15,12 @@ from longtail_experts.tracking import patience
 from longtail_experts.tracking.patience import is_transient
 from longtail_experts.tracking.registry import register
 from longtail_experts.tracking.runs import Run, open_run, start_run
-from longtail_experts.tracking.stores import one_store, require_answer
+from longtail_experts.tracking.stores import (
+    is_file_of_this_host,
+    one_store,
+    require_answer,
+    store_address,
+)
 
 TEN_TRIES = "mlflow.store.db.utils.create_sqlalchemy_engine_with_retry"
 
@@ -126,6 +132,22 @@ def test_one_store_has_one_lock_however_it_is_spelled(tmp_path, monkeypatch):
     spellings.append("file:link/m.db?uri=true")
     assert len({one_store(f"sqlite:///{spelling}") for spelling in spellings}) == 1
     assert one_store("http://host:5000") == "http://host:5000"
+
+
+@pytest.mark.parametrize(
+    ("given", "anywhere"),
+    [
+        ("sqlite:///m.db", "sqlite:///{}/m.db"),
+        ("sqlite+pysqlite:///m.db?timeout=9", "sqlite+pysqlite:///{}/m.db?timeout=9"),
+        ("sqlite:///file:m.db?mode=rw&uri=true", "sqlite:///file:{}/m.db?mode=rw&uri=true"),
+        ("http://lab:pass@host:5000", "http://lab:pass@host:5000"),
+    ],
+)
+def test_an_address_reads_the_same_in_any_folder(tmp_path, monkeypatch, given, anywhere):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert make_url(store_address()) == make_url(anywhere.format(tmp_path))
+    assert is_file_of_this_host(given) is given.startswith("sqlite")
 
 
 def test_a_registry_that_is_away_keeps_no_expert_waiting(away, store, monkeypatch, caplog):

@@ -44,7 +44,7 @@ def run(choice: Choice, deployment: str = "uniform", different_splits: bool = Fa
 def run_study(sweep_id: str) -> str:
     """Means and intervals over the trainings of a sweep, in a run of its own; returns its id.
     RunError before any is started."""
-    found = study.read_sweep(sweep_id)
+    found = study.read_study(sweep_id)
     tags = {"stage": "compare", "sweep": sweep_id}
     with start_run(f"study of {found.name}"[:200], tags) as run_:
         parts = study_report.record_study(run_, found)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from longtail_experts.config import shorten
 from longtail_experts.data.locks import host_lock
-from longtail_experts.data.sources import CIFARS, first_line
+from longtail_experts.data.sources import CIFARS
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.logits import ExpertLogits, read_logits, require_calibrated
-from longtail_experts.tracking.runs import Run, RunError, launched_run, open_run
+from longtail_experts.tracking.runs import Run, RunError, launched_run, malformed, open_run
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +42,11 @@ def run(run_ids: list[str], out: Path) -> None:
         if losses.count(loss) > 1:
             raise RunError(f"run_ids: two runs of loss {loss}; give one of each")
     _require_same_splits(runs)
-    try:
+    with malformed(f"run {run_ids[0]}: splits/manifest.json"):
         manifest = runs[0].read_json("splits/manifest.json")
         name = dataset_name(manifest)
         index_space = str(manifest["index_space"])
         protocol = manifest.get("protocol", "experts")
-    except (LookupError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(
-            f"run {run_ids[0]}: splits/manifest.json is malformed ({first_line(error)[:200]})"
-        ) from None
     if protocol == "literature":
         raise RunError(
             f"run {run_ids[0]}: protocol=literature has no calib, val_lt or test_lt, which AR-GSE "

@@ -51,6 +51,11 @@ class Sweep(BaseModel):
         description="share of a GPU that a trial takes; none: a third where there is a GPU",
     )
 
+    @field_validator("trials_at_once", "gpus_per_trial", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
     @field_validator("gpus_per_trial")
     @classmethod
     def _whole_above_one(cls, value: float | None) -> float | None:
@@ -135,6 +140,8 @@ def points_of(sweep: Sweep) -> list[Point]:
             )
         if trained.setdefault((config.sha256, config.data_dir), point) is point:
             points.append(point)
+    if any(point.config.expert_seed is not None for point in points) and "seed" in sweep.grid:
+        raise ConfigError("grid: seed: acts through expert_seed, which is given too; take one")
     ldam = any(point.config.subset_rule == "ldam" for point in points)
     if ldam and len(sweep.grid.get("split_seed", ())) > 1:
         raise ConfigError(

@@ -147,7 +147,7 @@ def machine_section(
             parameters, data.num_rows, data.num_classes, config.epochs
         ),
     }
-    return readiness.machine_section(memory, free, output, config)
+    return readiness.machine_section(memory, free, output, config, data)
 
 
 def schedule_section(run_: Run, config: Config, data: Dataset) -> str:

@@ -10,7 +10,7 @@ from shlex import quote
 from longtail_experts.config import shorten
 from longtail_experts.tracking import results_page, study_report
 from longtail_experts.tracking.runs import RunError, launched_run
-from longtail_experts.tracking.study import read_sweep
+from longtail_experts.tracking.study import read_study
 
 
 def run(sweep_ids: Sequence[str], out: Path) -> None:
@@ -22,7 +22,7 @@ def run(sweep_ids: Sequence[str], out: Path) -> None:
     for sweep_id, times in Counter(sweep_ids).items():
         if times > 1:
             raise RunError(f"sweeps: {sweep_id} is given {times} times")
-    studies = [read_sweep(sweep_id, "sweeps") for sweep_id in sweep_ids]
+    studies = [read_study(sweep_id, "sweeps") for sweep_id in sweep_ids]
     settings = [results_page.read_setting(study) for study in studies]
     names = results_page.figure_names(studies, out.stem)
     command = f"python -m longtail_experts results --sweeps {','.join(sweep_ids)}"

@@ -79,7 +79,9 @@ def open_begun(run_id: str, given: dict[str, str], recipe: Config | None) -> Beg
         require_not_running(source)
     if source.has_artifact("config.yaml"):
         recorded = experts.recorded_config(source)
-        asked = (recipe or recorded.replace(**given)).as_text()
+        # A run decides these itself, where nothing is said; loss=all, which takes no expert_seed,
+        # is to be held against the run's loss.
+        asked = (recipe or recorded.replace(**{"expert_seed": None} | given)).as_text()
         decides_itself = {"expert_seed": "none", "precision": "auto"}
         left_open = {name for name, value in decides_itself.items() if asked[name] == value}
         if given.get("loss", "ce") == "ce":  # what `mlflow run` passes where nothing was said

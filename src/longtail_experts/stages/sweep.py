@@ -106,7 +106,8 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
         if existing:
             stack.enter_context(launcher_beside(existing))
             if not left and existing.status == "FINISHED":
-                print(f"run {existing.run_id} is this sweep, finished; nothing was changed")
+                else_ = "else " if any(job.config.register_as for job in jobs) else ""
+                print(f"run {existing.run_id} is this sweep, finished; nothing {else_}was changed")
                 return existing.run_id
             print(f"going on with run {existing.run_id}, which is this sweep")
         if left and address == LOCAL:

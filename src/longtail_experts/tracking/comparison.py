@@ -13,7 +13,6 @@ from torch import Tensor
 
 from longtail_experts.config import MLFLOW_RUN, Config, to_text
 from longtail_experts.data.longtail import class_groups
-from longtail_experts.data.sources import first_line
 from longtail_experts.learning.calibration import deployment_scores, of_the_other_half
 from longtail_experts.learning.ensembles import ENSEMBLES, disagreement, error_overlap
 from longtail_experts.learning.evaluation import (
@@ -29,13 +28,13 @@ from longtail_experts.learning.metrics import (
 )
 from longtail_experts.tracking import report
 from longtail_experts.tracking.experts import recorded_config
-from longtail_experts.tracking.identity import shortened_hashes
 from longtail_experts.tracking.logits import ExpertLogits, read_logits, require_calibrated
 from longtail_experts.tracking.runs import (
     NOT_THERE,
     Run,
     RunError,
     launched_run_id,
+    malformed,
     open_run,
     require_not_deleted,
     store_to_read,
@@ -192,14 +191,10 @@ def read_members(runs: Sequence[Run]) -> list[Member]:
     labels = distinct_labels([(c.loss, knobs_of(c), str(c.seed)) for c in configs], ids)
     members = []
     for run, config, tag, label in zip(runs, configs, tags, labels, strict=True):
-        try:
+        with malformed(f"run {run.run_id}: splits/manifest.json"):
             manifest = run.read_json("splits/manifest.json")
             pool_counts = tuple(int(n) for n in manifest["pool_counts"])
             num_train = int(manifest["splits"]["train"]["size"])
-        except (LookupError, TypeError, ValueError, RecursionError) as error:
-            raise RunError(
-                f"run {run.run_id}: splits/manifest.json is malformed ({first_line(error)[:200]})"
-            ) from None
         rates = [rate for _, rate in run.history("train/images_per_second")]
         members.append(
             Member(
@@ -383,8 +378,7 @@ def name_of_temperature(member: Member, split: str) -> str:
 def where_trained(tags: Mapping[str, str]) -> dict[str, str]:
     """Of a run's tags: on what, and by which code, it was trained and calibrated."""
     later = ("resumed", "calibrated.")
-    found = {n: v for n, v in tags.items() if n in WHERE_TRAINED or n.startswith(later)}
-    return {n: shortened_hashes(v) if n.endswith("code_sha256") else v for n, v in found.items()}
+    return {n: v for n, v in tags.items() if n in WHERE_TRAINED or n.startswith(later)}
 
 
 def differences(members: Sequence[Member]) -> dict[str, list[str]]:

@@ -27,6 +27,7 @@ from longtail_experts.tracking.comparison import (
     standard_errors,
 )
 from longtail_experts.tracking.drawing import draw
+from longtail_experts.tracking.identity import shortened
 from longtail_experts.tracking.report import plain
 from longtail_experts.tracking.runs import Run, link_to_artifact
 
@@ -344,7 +345,7 @@ def record_comparison(
 
 def how_to_read(members: Sequence[Member], result: Together | None) -> str:
     words = []
-    if result is not None:
+    if result is not None and len(members) > 1:
         words.append("The best of a row is marked.")
     if any(member.facts.get("protocol") == "literature" for member in members):
         words.append(report.CROSS_FITTED)
@@ -409,7 +410,7 @@ def described(
             "Everything in their configurations, code and device beside the loss that could "
             "explain a difference." + ("" if unlike else " Nothing does."),
             ("setting", *labels),
-            [Row(name, values, set()) for name, values in unlike.items()],
+            [Row(n, [shortened(n, v) for v in values], set()) for n, values in unlike.items()],
         )
     )
     sections.append(

@@ -28,7 +28,7 @@ from longtail_experts.learning.metrics import (
 from longtail_experts.tracking import charts, figures, report
 from longtail_experts.tracking.checkpoints import read_checkpoint
 from longtail_experts.tracking.drawing import draw
-from longtail_experts.tracking.identity import code_sha256, git_tags, processor, shortened_hashes
+from longtail_experts.tracking.identity import code_sha256, git_tags, processor, shortened
 from longtail_experts.tracking.logits import read_logits, require_training_ended
 from longtail_experts.tracking.runs import (
     Run,
@@ -542,7 +542,7 @@ def later(stage: str, tags: Mapping[str, str]) -> str:
     """What tags say was different when the stage went on."""
     names = sorted(name for name in tags if name.startswith(f"{stage}."))
     told = ", ".join(
-        f"{name.removeprefix(f'{stage}.')} `{shortened_hashes(tags[name]).replace(', ', '`, `')}`"
+        f"{name.removeprefix(f'{stage}.')} `{shortened(name, tags[name]).replace(', ', '`, `')}`"
         for name in names
     )
     return f" with {told}" if told else ""

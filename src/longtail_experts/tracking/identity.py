@@ -63,9 +63,11 @@ def git_tags() -> dict[str, str]:
     return {"git.commit": commit, "git.dirty": str(bool(changes)).lower()}
 
 
-def shortened_hashes(tag: str) -> str:
-    """The first characters of a commit or hash; of each, where a run was resumed by several."""
-    return ", ".join(one[:12] for one in tag.split(", "))
+def shortened(tag: str, value: str) -> str:
+    """Of a tag's commits and hashes (several, where a run was resumed by several) the first
+    characters; other values as they are."""
+    is_hash = tag.endswith(("git.commit", "code_sha256"))
+    return ", ".join(one[:12] for one in value.split(", ")) if is_hash else value
 
 
 def processor(device: str) -> str:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import NoReturn
 
-HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)  # of a terminal or connection that is gone
+HANG_UP = signal.SIGHUP  # of a terminal or connection that is gone
 ENDING = {signal.SIGINT, signal.SIGTERM, HANG_UP}
 SAME_PRESS = 1.0  # seconds within which another SIGINT is the same Ctrl-C
 

@@ -3,8 +3,7 @@
 import hashlib
 import math
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +15,7 @@ from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.archives import read_npz
 from longtail_experts.data.sources import first_line
 from longtail_experts.data.splits import SPLITS
-from longtail_experts.tracking.runs import Run, RunError, open_run
+from longtail_experts.tracking.runs import Run, RunError, malformed, open_run
 
 # What a file that is no npz can raise; RuntimeError and NotImplementedError: an encrypted zip,
 # or one of an unknown method.
@@ -108,10 +107,10 @@ def require_training_ended(run: Run) -> None:
 def read_logits(run: Run) -> ExpertLogits:
     """What `write_logits` wrote, checked; RunError where anything is not as it should be."""
     what = f"run {run.run_id}: logits/manifest.json"
-    with _malformed(f"run {run.run_id}: splits/manifest.json"):
+    with malformed(f"run {run.run_id}: splits/manifest.json"):
         about = run.read_json("splits/manifest.json")
         names = tuple(map(str, about["class_names"]))
-    with _malformed(what):
+    with malformed(what):
         manifest = run.read_json("logits/manifest.json")
         constants = {
             "temperature": float(manifest["temperature"]),
@@ -129,22 +128,6 @@ def read_logits(run: Run) -> ExpertLogits:
             where = f"run {run.run_id}: {name}"
             splits[name] = _read_split(path, sha256, (rows, len(names)), where)
     return ExpertLogits(run_id=run.run_id, splits=splits, class_names=names, **constants)
-
-
-@contextmanager
-def _malformed(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ) as error:
-        says = first_line(error)[:200]
-        raise RunError(f"{what} is malformed ({type(error).__name__}: {says})") from None
 
 
 def _vector(values: list[float], length: int) -> np.ndarray:

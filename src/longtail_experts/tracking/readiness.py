@@ -7,7 +7,7 @@ import torch
 
 from longtail_experts.config import LOSS_NAMES, Config
 from longtail_experts.data.dataset import Dataset
-from longtail_experts.learning.cost import Pace, Seconds, TrainingMemory, Work
+from longtail_experts.learning.cost import Pace, TrainingMemory, Work
 from longtail_experts.learning.loss_behaviour import LossBehaviour
 from longtail_experts.learning.rules import Finding, blocking, megabytes
 from longtail_experts.tracking import experts, report
@@ -69,22 +69,22 @@ def time_section(pace: Pace | None, work: Work, config: Config, data: Dataset, p
         ]
         for name, images, part in zip(Work._fields, work, seconds, strict=True)
     ]
-    rows.append(["in all", f"{sum(work):,}", *in_all(seconds), "100 %"])
+    total = seconds.total
+    rows.append(
+        ["in all", f"{sum(work):,}", duration(total), duration(NUM_LOSSES * total), "100 %"]
+    )
+    batch_size = min(config.batch_size, data.size("train"))
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
     return (
         f"{report.table(('', 'images', 'one expert', 'three in turn', 'share'), rows)}\n\n"
         f"An epoch of {data.size('train'):,} images: "
         f"{duration(pace.training * data.size('train'))} "
         f"({1 / pace.training:,.0f} images/s in training, {1 / pace.predicting:,.0f} in "
-        f"prediction). Measured on this machine in a few steps of {config.batch_size} images "
+        f"prediction). Measured on this machine in a few steps of {batch_size} images "
         f"({config.device}, {config.precision}, {path} steps{threads}, {platform.machine()}); "
         "what else runs here slows it. Starting up, compiling, the bootstrap of the temperature "
         "and recording come on top: about a minute an expert."
     )
-
-
-def in_all(seconds: Seconds) -> tuple[str, str]:
-    return duration(seconds.total), duration(NUM_LOSSES * seconds.total)
 
 
 def duration(seconds: float) -> str:
@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 
 
 def machine_section(
-    memory: TrainingMemory, free: int, output: Mapping[str, int], config: Config
+    memory: TrainingMemory, free: int, output: Mapping[str, int], config: Config, data: Dataset
 ) -> str:
     """output: bytes of one expert by what they are."""
     needed = [[name, megabytes(value)] for name, value in memory._asdict().items()]
@@ -107,9 +107,10 @@ def machine_section(
     ]
     return (
         f"{report.table((f'memory on {config.device}', 'needed'), needed)}\n\n"
-        f"{megabytes(free)} are free. Activations at batch {config.batch_size}, {config.precision},"
-        " measured on this network as what the backward pass keeps; the libraries' workspace is "
-        "taken as half of that.\n\n"
+        f"{megabytes(free)} are free. Activations at batch "
+        f"{min(config.batch_size, data.size('train'))}, {config.precision}, measured on this "
+        "network as what the backward pass keeps; the libraries' workspace is taken as half of "
+        "that.\n\n"
         f"{report.table(('on disk', 'one expert', 'all three'), written)}"
     )
 

@@ -2,12 +2,14 @@
 
 import logging
 import math
+import shlex
 from typing import NamedTuple
 
 import mlflow
 import numpy as np
 from mlflow.entities import LoggedModelStatus
 
+from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.locks import host_lock
 from longtail_experts.data.sources import first_line
 from longtail_experts.tracking.interrupts import delayed_signals
@@ -43,13 +45,12 @@ def register(run: Run, name: str) -> None:
             outcome = _register(run, name)
     except Exception as error:
         log.warning(
-            "register_as=%s: not registered (%s); to repeat it, in the project's folder: "
-            'PYTHONPATH=src python -c "from longtail_experts.tracking import registry, runs; '
-            "registry.register(runs.open_run('%s'), '%s')\"",
+            "register_as=%s: not registered (%s); to repeat it: %s -P resume=%s -P register_as=%s",
             name,
             first_line(error)[:200],
+            MLFLOW_RUN,
             run.run_id,
-            name,
+            shlex.quote(name),
         )
         return
     if outcome:

@@ -9,13 +9,14 @@ from typing import Any
 
 import yaml
 
-from longtail_experts.config import MLFLOW_RUN, ConfigError, make_config
+from longtail_experts.config import MLFLOW_RUN, ConfigError, make_config, parse_mapping
 from longtail_experts.tracking import report
 from longtail_experts.tracking.comparison import WHERE_TRAINED
 from longtail_experts.tracking.comparison_report import markdown, plain
 from longtail_experts.tracking.experts import repeat_command
+from longtail_experts.tracking.identity import shortened
 from longtail_experts.tracking.published import APPLIES_TO, PUBLISHED
-from longtail_experts.tracking.runs import Run, RunError
+from longtail_experts.tracking.runs import Run, malformed
 from longtail_experts.tracking.study import (
     CHANCE,
     KNOBS,
@@ -28,7 +29,6 @@ from longtail_experts.tracking.study_report import (
     how_to_read,
     notice_of,
     sections_of,
-    shortened,
     summary,
 )
 from longtail_experts.tracking.sweeps import RECIPE_EPOCHS, full_epochs
@@ -63,15 +63,13 @@ class Setting:
 
 def read_setting(study: Study) -> Setting:
     (sweep_id,) = study.run_ids
-    sweep = Run(sweep_id)
-    text = sweep.read_text("sweep.yaml") if sweep.has_artifact("sweep.yaml") else ""
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        content = None
-    grid = without_folders(content) if isinstance(content, dict) else {}
-    shown = yaml.safe_dump(grid, sort_keys=False, default_flow_style=None) if grid else ""
-    return Setting(sweep_id, shown.strip(), sizes_of(study), epochs_of_recipes(sweep, content))
+    sweep, content, shown = Run(sweep_id), {}, ""
+    if sweep.has_artifact("sweep.yaml"):
+        with malformed(f"run {sweep_id}: sweep.yaml"):
+            content = parse_mapping(sweep.read_text("sweep.yaml"), "sweep.yaml")
+            grid = without_folders(content)
+            shown = yaml.safe_dump(grid, sort_keys=False, default_flow_style=None).strip()
+    return Setting(sweep_id, shown, sizes_of(study), epochs_of_recipes(sweep, content))
 
 
 def without_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,25 +88,26 @@ def without_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
     return shown("", dict(sweep))
 
 
-def epochs_of_recipes(sweep: Run, content: Any) -> dict[str, int]:
+def epochs_of_recipes(sweep: Run, content: Mapping[str, Any]) -> dict[str, int]:
     """As the sweep recorded them; of an older one, by the recipes that are here under the names
     that it gives."""
     try:
         return {str(k): int(v) for k, v in json.loads(sweep.tags[RECIPE_EPOCHS]).items()}
     except (LookupError, AttributeError, TypeError, ValueError, OverflowError, RecursionError):
-        return full_epochs(content) if isinstance(content, dict) else {}
+        return full_epochs(content)
 
 
 def sizes_of(study: Study) -> dict[str, int]:
     """Of the splits of all trainings; {} where they differ, or no manifest is to be had."""
     if any(len(values_of(study, n)) > 1 for n in SPLITS_FOLLOW_FROM if n != "split_seed"):
         return {}
-    try:
-        manifest = Run(study.trials[0].run_id).read_json("splits/manifest.json")
+    first = Run(study.trials[0].run_id)
+    if not first.has_artifact("splits/manifest.json"):
+        return {}
+    with malformed(f"run {first.run_id}: splits/manifest.json"):
+        manifest = first.read_json("splits/manifest.json")
         sizes = {name: int(manifest["splits"][name]["size"]) for name in ("train", "test_balanced")}
         return {"pool": sum(map(int, manifest["pool_counts"])), **sizes}
-    except (RunError, LookupError, TypeError, ValueError):
-        return {}
 
 
 def values_of(study: Study, name: str) -> list[str]:

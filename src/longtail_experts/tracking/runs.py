@@ -87,6 +87,23 @@ class UndeliveredError(RunError):
 FAILURES = (RunError, MlflowException)  # of which one line says what there is to say
 
 
+@contextmanager
+def malformed(what: str) -> Iterator[None]:
+    """RunError about all that the content of an artifact can raise."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        says = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise RunError(f"{what} is malformed ({says})") from None
+
+
 def came_up_in_a_run(error: BaseException) -> bool:
     """Whether work had begun: a note on the error names the run that it ended."""
     return any(note.startswith(IN_A_RUN) for note in getattr(error, "__notes__", ()))

@@ -14,12 +14,16 @@ from sqlalchemy import make_url
 def store_address() -> str:
     """The tracking URI as it reads in any folder."""
     uri = mlflow.get_tracking_uri()
-    path = uri.removeprefix("sqlite:///")
-    return uri if path == uri or not path else f"sqlite:///{os.path.abspath(path)}"
+    file = _file_of(uri)
+    if file is None:
+        return uri
+    url = make_url(uri)
+    prefix = "file:" if url.database.startswith("file:") else ""  # a URI of SQLite's own
+    return url.set(database=f"{prefix}{file}").render_as_string(hide_password=False)
 
 
 def is_file_of_this_host(uri: str) -> bool:
-    return uri.startswith(("sqlite:", "file:", "/", "."))
+    return _kind(uri) == "sqlite" or uri.startswith(("file:", "/", "."))
 
 
 def one_store(uri: str) -> str:

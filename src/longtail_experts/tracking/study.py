@@ -35,7 +35,7 @@ from longtail_experts.tracking.comparison import (
     unused_fields,
     where_trained,
 )
-from longtail_experts.tracking.runs import Run, RunError, open_run, store_to_read
+from longtail_experts.tracking.runs import Run, RunError, malformed, open_run, store_to_read
 
 TRAINING, SPLITS_TOO = "training noise only", "splits and training"
 REFERENCE = "ce"
@@ -186,7 +186,7 @@ def interval(values: Mapping[Key, float], kind: str) -> Interval | None:
 # --- which runs -------------------------------------------------------------------------------
 
 
-def read_sweep(sweep_id: str, field: str = "sweep") -> Study:
+def read_study(sweep_id: str, field: str = "sweep") -> Study:
     """All calibrated experts of a sweep: children of its run, and those that its trials.json
     names because they were finished before it. RunError, naming `field`, where there are none."""
     parent = open_run(sweep_id, field)
@@ -234,14 +234,10 @@ def listed_trials(parent: Run) -> tuple[list[str], Counter]:
     """Of the sweep's trials.json, where it has one: run ids, and states of trials without a run."""
     if not parent.has_artifact("trials.json"):
         return [], Counter()
-    try:
+    with malformed(f"run {parent.run_id}: trials.json"):
         trials = parent.read_json("trials.json")
         run_ids = [str(trial["run_id"]) for trial in trials if trial["run_id"]]
         return run_ids, Counter(str(trial["state"]) for trial in trials if not trial["run_id"])
-    except (LookupError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(
-            f"run {parent.run_id}: trials.json is malformed ({first_line(error)[:200]})"
-        ) from None
 
 
 def read_trial(run: mlflow.entities.Run) -> Trial:
@@ -261,13 +257,15 @@ def recorded_fields(run: Run) -> dict[str, str]:
 
     A field that is unknown here is kept: the run may be of a newer version.
     """
+    fields = {name: to_text(field.default) for name, field in Config.model_fields.items()}
     try:
         given = parse_recipe(run.read_text("config.yaml"), "config.yaml")
+        fields |= {n: to_text(tuple(v) if isinstance(v, list) else v) for n, v in given.items()}
+        for name in ("seed", "epochs"):  # which are reckoned with
+            int(fields[name])
     except ValueError as error:  # ConfigError, or no UTF-8
         raise RunError(f"run {run.run_id}: config.yaml: {first_line(error)}") from None
-    defaults = {name: to_text(field.default) for name, field in Config.model_fields.items()}
-    as_text = {n: to_text(tuple(v) if isinstance(v, list) else v) for n, v in given.items()}
-    return defaults | as_text
+    return fields
 
 
 # --- groups -----------------------------------------------------------------------------------

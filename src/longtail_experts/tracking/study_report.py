@@ -18,7 +18,7 @@ from longtail_experts.tracking.comparison_report import (
     plain,
 )
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
-from longtail_experts.tracking.identity import shortened_hashes
+from longtail_experts.tracking.identity import shortened
 from longtail_experts.tracking.runs import Run, link_to_artifact
 from longtail_experts.tracking.study import (
     REFERENCE,
@@ -206,10 +206,6 @@ def about_runs(study: Study) -> list[Section]:
         words += "; ".join(counted) + "."
     sections.append(Section("What differs between the runs", words, (), ()))
     return sections
-
-
-def shortened(name: str, value: str) -> str:
-    return shortened_hashes(value) if name.endswith("git.commit") else value
 
 
 def how_to_read(study: Study) -> str:
