@@ -489,6 +489,31 @@ def test_in_fp32_a_replay_that_falls_a_little_short_is_refused():
         train(state, range(1))
 
 
+def test_what_rounding_takes_too_far_with_one_batch_is_looked_at_with_another():
+    too_far = [True]
+
+    def at_first_a_little_short(run):
+        rate = started[-1].recorded._lr
+        before = rate.clone()
+        rate.mul_(0.8 if too_far.pop() else 1)
+        too_far.append(False)
+        run()
+        rate.copy_(before)
+
+    plain, state = start(tiny, None), start(tiny, doing(at_first_a_little_short))
+    assert train(state, range(2)) == train(plain, range(2))
+    assert state.path == "graph"
+    assert same(state, plain)
+
+
+def test_the_second_look_is_at_other_images_than_the_recordings():
+    rows, scalar = torch.arange(8), torch.tensor(3)
+    ((found, _), same_scalar) = fast_step._without_the_first_quarter(((rows, rows), scalar))
+    assert found.tolist() == [2, 3, 4, 5, 6, 7, 2, 3]
+    assert same_scalar is scalar
+    assert fast_step._first_half_twice((rows,))[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("plain", "replayed", "is_same"), [(6.0, 6.05, True), (6.0, 6.07, False), (2e-4, 4e-4, True)]
 )
@@ -502,7 +527,8 @@ def test_a_loss_may_differ_by_what_rounding_does_to_logits(plain, replayed, is_s
                 values.add_(1)
         return torch.tensor(plain)
 
-    recording = SimpleNamespace(replay=lambda: step(state, (), 0.0), loss=torch.tensor(replayed))
+    replay, loss = (lambda: step(state, (), 0.0)), torch.tensor(replayed)
+    recording = SimpleNamespace(batch=(), replay=replay, loss=loss)
     with nullcontext() if is_same else pytest.raises(CannotRecordError, match="has loss"):
         fast_step.require_same_step(state, (), step, recording, "bf16")
 
@@ -519,6 +545,24 @@ def test_kernels_that_fail_are_told_once_for_batches_of_all_sizes(monkeypatch):
     with pytest.warns(UserWarning, match="not fused") as caught:
         train(start(fuses=True), range(2))
     assert len(caught) == 1
+
+
+def test_where_kernels_fail_with_one_size_steps_of_all_sizes_are_without_them(monkeypatch):
+    made, layers = [], []
+
+    def second_one_wrong(model, run):
+        layers.append(run())
+        if len(layers) == 2:
+            raise CannotRecordError("a layer is not PyTorch's")
+
+    monkeypatch.setattr(fast_step, "fusible", lambda model: {model: None})
+    monkeypatch.setattr(fast_step, "require_same_layers", second_one_wrong)
+    monkeypatch.setattr(fast_step, "fused", lambda model: nullcontext())
+    state = start(make_recorder=counting(made), fuses=True)
+    with pytest.warns(UserWarning, match="kernels are not fused, and slower: a layer"):
+        train(state, range(2))
+    assert len(made) == 3  # of whole batches with kernels; of the short one and of these without
+    assert state.path == "graph"
 
 
 def test_after_a_refusal_the_state_is_as_it_was():
