@@ -493,9 +493,9 @@ def _swept(given: dict[str, str]) -> str | None:
     return sweep_id
 
 
-def _comparison(given: dict[str, str]) -> tuple[Any, str, bool]:
+def _comparison(given: dict[str, str]) -> tuple[list[Any], str, bool]:
     """Which runs, under which deployment prior, and whether of different splits."""
-    from longtail_experts.stages.compare import DEPLOYMENTS, Choice
+    from longtail_experts.tracking.comparison import DEPLOYMENTS, chosen_runs
 
     given = {name: value for name, value in given.items() if value != "none"}
     deployment = given.get("deployment", "uniform")
@@ -519,8 +519,8 @@ def _comparison(given: dict[str, str]) -> tuple[Any, str, bool]:
     filters = [name for name in ("experiment", "tags", "last") if name in given]
     if run_ids and filters:
         raise ConfigError(f"run_ids together with {filters[0]}: give the runs or a filter")
-    choice = Choice(run_ids, given.get("experiment", ""), tags, last and int(last))
-    return choice, deployment, different == "true"
+    runs = chosen_runs(run_ids, given.get("experiment", ""), tags, last and int(last))
+    return runs, deployment, different == "true"
 
 
 def _ids(text: str, name: str = "run_ids") -> list[str]:

@@ -21,7 +21,7 @@ def product_of_experts(members: Sequence[Tensor]) -> Tensor:
     """log of the normalised geometric mean over members of softmax(scores), float64 [N, C].
 
     Hinton, *Products of experts* (1999). Of calibrated members it is consistent for the
-    balanced error: Aimar, Jonnarth, Felsberg, Kuhlmann, *Balanced product of
+    balanced error: Sanchez Aimar, Jonnarth, Felsberg, Kuhlmann, *Balanced product of
     calibrated experts for long-tailed recognition* (CVPR 2023).
     """
     stacked = torch.stack([scores.double().log_softmax(1) for scores in members])

@@ -246,7 +246,6 @@ def autocast(device: str, precision: str) -> torch.autocast:
 def predict_logits(
     model: nn.Module,
     batches: Iterable[Tensor],
-    on_batch: Callable[[int], None] = lambda n: None,
     passes: RecordedPasses | None = None,
 ) -> Tensor:
     """Logits float32 [N, C], on the CPU, of normalised image batches, in evaluation mode.
@@ -260,5 +259,4 @@ def predict_logits(
     for images in batches:
         with exact_float32():
             logits.append(forward(images).float())
-        on_batch(len(images))
     return torch.cat(logits).cpu()

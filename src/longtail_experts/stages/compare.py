@@ -1,27 +1,14 @@
 """Entry point `compare`: finished experts beside each other, and together; or a sweep of them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from longtail_experts.tracking import comparison, comparison_report, study, study_report
-from longtail_experts.tracking.comparison import DEPLOYMENTS as DEPLOYMENTS
 from longtail_experts.tracking.experts import SYNTHETIC_NOTICE
 from longtail_experts.tracking.runs import Run, RunError, start_run
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which runs: these, or those of an experiment with these tags, or its newest."""
-
-    run_ids: Sequence[str] = ()
-    experiment: str = ""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    last: int | None = None
-
-
-def run(choice: Choice, deployment: str = "uniform", different_splits: bool = False) -> str:
+def run(runs: Sequence[Run], deployment: str, different_splits: bool) -> str:
     """Compare in a run of its own; returns its id. RunError before any is started."""
-    runs = comparison.chosen_runs(choice.run_ids, choice.experiment, choice.tags, choice.last)
     members = comparison.read_members(runs)
     same_splits = comparison.require_comparable(members, different_splits)
     if same_splits:
@@ -64,5 +51,5 @@ def record(
     run_.set_tags({"deployment": deployment})
     result = comparison.together(members, deployment) if same_splits else None
     synthetic = any(member.facts.get("source") == "synthetic" for member in members)
-    notice = f"{SYNTHETIC_NOTICE}\n\n" if synthetic else ""
+    notice = SYNTHETIC_NOTICE if synthetic else ""
     return comparison_report.record_comparison(run_, members, result, notice)

@@ -1,7 +1,6 @@
 """What going on with a run starts from: the run itself, its config and its data, checked."""
 
-import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from longtail_experts.config import LOSS_NAMES, MLFLOW_RUN, Config
@@ -15,7 +14,7 @@ from longtail_experts.stages.inputs import (
 from longtail_experts.tracking import experts
 from longtail_experts.tracking.logits import is_calibrated
 from longtail_experts.tracking.registry import register
-from longtail_experts.tracking.runs import Run, RunError, open_run
+from longtail_experts.tracking.runs import Run, RunError, launched_run_id, open_run
 from longtail_experts.tracking.stale import is_complete, require_not_running, require_training
 
 
@@ -65,13 +64,9 @@ def open_begun(run_id: str, given: dict[str, str], recipe: Config | None) -> Beg
     with other values than those `given`, or those of the `recipe` that was named with them;
     DataError where its images are not there.
     """
-    source, what = open_run(run_id, "resume"), f"resume={run_id}"
-    if os.environ.get("MLFLOW_RUN_ID") == run_id:  # mlflow run --run-id: the run itself, no pointer
-        what = f"MLFLOW_RUN_ID={run_id}"
-        del os.environ["MLFLOW_RUN_ID"]
-        launcher: AbstractContextManager[Run | None] = nullcontext()
-    else:
-        launcher = experts.launched_resuming_run(source)
+    field = "MLFLOW_RUN_ID" if launched_run_id() == run_id else "resume"
+    source, what = open_run(run_id, "resume"), f"{field}={run_id}"
+    launcher = experts.launched_resuming_run(source)
     require_training(source)
     recorded = None
     is_finished = source.status == "FINISHED" and is_done(source)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,7 +104,7 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
         left = [job for job in jobs if job.trial.state == "waiting"]
         register_finished(jobs)
         if existing:
-            stack.enter_context(launcher_beside(existing))
+            stack.enter_context(experts.launched_resuming_run(existing))
             if not left and existing.status == "FINISHED":
                 else_ = "else " if any(job.config.register_as for job in jobs) else ""
                 print(f"run {existing.run_id} is this sweep, finished; nothing {else_}was changed")
@@ -236,14 +236,6 @@ def register_finished(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.trial.run_id and job.config.register_as:
             register(Run(job.trial.run_id), job.config.register_as)
-
-
-def launcher_beside(existing: Run) -> AbstractContextManager[Run | None]:
-    """The pointer that `mlflow run` made; with --run-id that is the sweep's run itself."""
-    if os.environ.get("MLFLOW_RUN_ID") == existing.run_id:
-        del os.environ["MLFLOW_RUN_ID"]
-        return nullcontext()
-    return experts.launched_resuming_run(existing)
 
 
 # --- Ray --------------------------------------------------------------------------------------

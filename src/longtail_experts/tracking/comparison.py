@@ -108,10 +108,7 @@ class Member:
 
 
 def chosen_runs(
-    run_ids: Sequence[str] = (),
-    experiment: str = "",
-    tags: Mapping[str, str] | None = None,
-    last: int | None = None,
+    run_ids: Sequence[str], experiment: str, tags: Mapping[str, str], last: int | None
 ) -> list[Run]:
     """The runs named, or those of an experiment that carry `tags`: the newest `last` of them, or
     where that is not given either, the newest of each expert. Only calibrated experts."""
@@ -129,7 +126,7 @@ def chosen_runs(
             order_by=["attributes.start_time DESC"],
             max_results=10_000,
         )
-    asked = {"calibrated": "true", **(tags or {})}
+    asked = {"calibrated": "true", **tags}
     found = [
         run
         for run in in_experiment

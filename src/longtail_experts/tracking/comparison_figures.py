@@ -34,9 +34,9 @@ def line_style(number: int) -> str:
     return ("-", "--", ":", "-.")[number // len(EXPERTS) % 4]
 
 
-def running_mean(values: np.ndarray, width: int = NEIGHBOURS) -> np.ndarray:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """Mean of each value and its neighbours, fewer at the ends; nan is left out. [C] -> [C]."""
-    half = width // 2
+    half = NEIGHBOURS // 2
     return np.array(
         [np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
     )

@@ -28,7 +28,7 @@ from longtail_experts.tracking.comparison import (
 )
 from longtail_experts.tracking.drawing import draw
 from longtail_experts.tracking.identity import shortened
-from longtail_experts.tracking.report import plain
+from longtail_experts.tracking.report import percent, plain
 from longtail_experts.tracking.runs import Run, link_to_artifact
 
 PAGE = "comparison/index.html"
@@ -55,10 +55,6 @@ class Section(NamedTuple):
 class Picture(NamedTuple):
     name: str  # of the file
     caption: str
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.2f}"
 
 
 def four_digits(value: float) -> str:

@@ -2,9 +2,10 @@
 
 import csv
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -31,11 +32,13 @@ from longtail_experts.tracking.drawing import draw
 from longtail_experts.tracking.identity import code_sha256, git_tags, processor, shortened
 from longtail_experts.tracking.logits import read_logits, require_training_ended
 from longtail_experts.tracking.runs import (
+    NOTE,
     Run,
     RunError,
     address_of_picture,
     claimed_from_its_start,
     launched_run,
+    launched_run_id,
     link_to,
     link_to_artifact,
     start_run,
@@ -43,7 +46,7 @@ from longtail_experts.tracking.runs import (
 
 SYNTHETIC_NOTICE = (
     "**Synthetic images.** This is a demonstration on generated pictures; its numbers say "
-    "nothing about CIFAR-100 or any real data."
+    "nothing about CIFAR-100 or any real data.\n\n"
 )
 CURVES = "figures/learning_curves.png"
 PRIOR_OF = {"test_lt": "its own prior", "test_balanced": "the uniform prior"}
@@ -52,7 +55,7 @@ MAX_LISTED = 30  # groups of identical images on a page; MLflow cuts long descri
 
 def notice(config: Config) -> str:
     """What a description opens with where nobody must mistake the run for a real one."""
-    return f"{SYNTHETIC_NOTICE}\n\n" if config.source == "synthetic" else ""
+    return SYNTHETIC_NOTICE if config.source == "synthetic" else ""
 
 
 def run_name(config: Config, what: str, seed: str = "seed") -> str:
@@ -213,8 +216,11 @@ def start_calibration_run(source: Run) -> AbstractContextManager[Run]:
 
 def launched_resuming_run(source: Run) -> AbstractContextManager[Run | None]:
     """The run that `mlflow run -P resume=...` made for itself: a pointer to the one resumed."""
+    if launched_run_id() == source.run_id:  # mlflow run --run-id: the run itself, no pointer
+        del os.environ["MLFLOW_RUN_ID"]
+        return nullcontext()
     note = f"Resumed run [{source.name}]({link_to(source)}); everything is there."
-    tags = {"stage": "resume", "source_run_id": source.run_id, "mlflow.note.content": note}
+    tags = {"stage": "resume", "source_run_id": source.run_id, NOTE: note}
     return launched_run(f"resume {source.name}", tags)
 
 
@@ -224,11 +230,7 @@ def launched_calibration_run(source: Run) -> AbstractContextManager[Run | None]:
 
 def pointer_to(source: Run) -> dict[str, str]:
     note = f"Calibration of run [{source.name}]({link_to(source)}); everything is there."
-    return {
-        "stage": "calibrate",
-        "source_run_id": source.run_id,
-        "mlflow.note.content": note,
-    }
+    return {"stage": "calibrate", "source_run_id": source.run_id, NOTE: note}
 
 
 def recorded_config(run: Run) -> Config:

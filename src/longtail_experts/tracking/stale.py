@@ -1,7 +1,6 @@
 """Runs that the store shows as RUNNING although their process is gone."""
 
 import logging
-from contextlib import AbstractContextManager
 
 import mlflow
 
@@ -15,7 +14,6 @@ from longtail_experts.tracking.runs import (
     Run,
     RunError,
     claimed,
-    launched_run,
     open_run,
     store_to_read,
 )
@@ -107,10 +105,6 @@ def require_not_running(run: Run) -> None:
                 f"knows; if its process is gone, first: {MLFLOW_RUN} -e reap -P "
                 f"run_id={run.run_id}"
             )
-
-
-def launched_reaping_run() -> AbstractContextManager[Run | None]:
-    return launched_run("reap", {"stage": "reap"})
 
 
 def is_complete(run: Run) -> bool:

@@ -8,16 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from longtail_experts.learning.statistics import Interval
-from longtail_experts.tracking.figures import ALL, BEFORE, HEAD, TAIL, new_axes, save
+from longtail_experts.tracking import figures
+from longtail_experts.tracking.figures import ALL, BEFORE, new_axes, save
 
 COLUMNS = 3
-MARKS = {
-    "balanced": (ALL, "D"),
-    "head": (HEAD, "o"),
-    "tail": (TAIL, "^"),
-    "before": (BEFORE, "s"),
-    "after": (ALL, "D"),
-}
+MARKS = {**figures.MARKS, "before": (BEFORE, "s"), "after": (ALL, "D")}
 
 
 class Panel(NamedTuple):

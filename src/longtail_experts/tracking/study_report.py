@@ -388,7 +388,7 @@ def panel_rows(
 def notice_of(study: Study) -> str:
     """What a page opens with where nobody must mistake the runs for real ones."""
     synthetic = any(trial.fields.get("source") == "synthetic" for trial in study.trials)
-    return f"{SYNTHETIC_NOTICE}\n\n" if synthetic else ""
+    return SYNTHETIC_NOTICE if synthetic else ""
 
 
 def record_study(run: Run, study: Study) -> list[str]:

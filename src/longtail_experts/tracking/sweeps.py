@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -169,14 +168,14 @@ def full_epochs(sweep: Mapping[str, Any]) -> dict[str, int]:
     """Of the longest recipe that a sweep names, by protocol; {} where it names none of ours."""
     grid = sweep.get("grid")
     named = grid.get("config") if isinstance(grid, dict) else None
-    found: Counter = Counter()
+    found: dict[str, int] = {}
     for name in named or [sweep.get("config")]:
         try:
             recipe = load_config(str(name), {})
         except ConfigError:
             continue
-        found |= Counter({recipe.protocol: recipe.epochs})
-    return dict(found)
+        found[recipe.protocol] = max(found.get(recipe.protocol, 0), recipe.epochs)
+    return found
 
 
 def start_sweep_run(
@@ -219,7 +218,7 @@ def record_trials(parent: Run, trials: Sequence[Trial]) -> None:
     if any(trial.state == "found" for trial in trials):
         notes.insert(0, "found: finished in the store before this sweep, and not repeated")
     listed = "\n".join(f"- {note}" for note in notes)
-    notice = f"{SYNTHETIC_NOTICE}\n\n" if parent.tags.get("demo") == "true" else ""
+    notice = SYNTHETIC_NOTICE if parent.tags.get("demo") == "true" else ""
     title = f"{notice}## {len(trials)} trials: {counts(trials)}\n\n{UNITS}"
     text = "\n\n".join([title, report.table(header, rows, text_columns), listed]).rstrip()
     parent.write_text("report.md", text + "\n")
