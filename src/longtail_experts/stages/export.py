@@ -54,51 +54,15 @@ def run(run_ids: list[str], out: Path) -> None:
         )
     files: dict[str, Any] = {}
     of_runs = {}
-    experts = {loss: read_logits(run_) for loss, run_ in zip(losses, runs, strict=True)}
-    for (loss, expert), run_ in zip(experts.items(), runs, strict=True):
-        label = f"{ARGSE_NAMES[loss]}_baseline"
-        for split, values in half_precision_logits(expert).items():
-            files[f"outputs/logits/{name}/{label}/{split}_logits.pt"] = values
-        weights = read_checkpoint(run_, "final_calibrated")["model"]
-        if run_.params.get("shortcut") == "pad":
-            log.warning(
-                "run %s: shortcut=pad: its weights have no shortcut.*, which AR-GSE's network has; "
-                "logits are as ever",
-                run_.run_id,
-            )
-        for kind, temperature in (("best", 1.0), ("final_calibrated", expert.temperature)):
-            files[f"checkpoints/experts/{name}/{kind}_{label}.pth"] = {
-                **weights,
-                "temperature": torch.tensor([temperature], dtype=torch.float32),
-            }
-        params = run_.params
+    for run_, loss in zip(runs, losses, strict=True):
+        expert, label = read_logits(run_), f"{ARGSE_NAMES[loss]}_baseline"
+        files |= files_of_expert(run_, expert, name, label)
         of_runs[label] = {
             "run_id": run_.run_id,
-            **{key: params.get(key) for key in ("seed", "expert_seed", "splits_sha256")},
+            **{key: run_.params.get(key) for key in ("seed", "expert_seed", "splits_sha256")},
             "temperature": expert.temperature,
         }
-        if run_.metrics.get("temperature_at_bound"):
-            log.warning(
-                "run %s: T = %.3g is at the bound of the search: no estimate",
-                run_.run_id,
-                expert.temperature,
-            )
-    first = next(iter(experts.values()))
-    for split in ARGSE_SPLITS:
-        files[f"data/{name}_splits/{split}_indices.json"] = first.splits[split].indices.tolist()
-    if index_space != "torchvision":
-        cifar = CIFARS.get(str(manifest.get("source")))
-        log.warning(
-            "indices are %sin the order of the source %s...; targets and index_space.json are "
-            "written beside them",
-            f"not in torchvision's order of {cifar.title} but " if cifar else "",
-            shorten(index_space[:12]),
-        )
-        space = {"index_space": index_space}
-        files[f"data/{name}_splits/index_space.json"] = space
-        for split in ARGSE_SPLITS:
-            targets = first.splits[split].targets.tolist()
-            files[f"data/{name}_splits/{split}_targets.json"] = targets
+    files |= files_of_splits(expert, name, index_space, str(manifest.get("source")))
     with host_lock(os.path.realpath(out)):  # what is there is looked at, then added to
         _require_same_rows(out, files)
         path_of_runs = f"outputs/logits/{name}/runs.json"
@@ -106,6 +70,58 @@ def run(run_ids: list[str], out: Path) -> None:
         with launched_run(f"export {name}", {"stage": "export"}):
             write_files(out, files)
     print(f"{len(files)} files of {', '.join(losses)} written below {out.absolute()}")
+
+
+def files_of_expert(run_: Run, expert: ExpertLogits, name: str, label: str) -> dict[str, Any]:
+    """Logits and weights by path; warns of what AR-GSE would not expect of them."""
+    if run_.params.get("shortcut") == "pad":
+        log.warning(
+            "run %s: shortcut=pad: its weights have no shortcut.*, which AR-GSE's network has; "
+            "logits are as ever",
+            run_.run_id,
+        )
+    if run_.metrics.get("temperature_at_bound"):
+        log.warning(
+            "run %s: T = %.3g is at the bound of the search: no estimate",
+            run_.run_id,
+            expert.temperature,
+        )
+    files = {
+        f"outputs/logits/{name}/{label}/{split}_logits.pt": values
+        for split, values in half_precision_logits(expert).items()
+    }
+    weights = read_checkpoint(run_, "final_calibrated")["model"]
+    for kind, temperature in (("best", 1.0), ("final_calibrated", expert.temperature)):
+        files[f"checkpoints/experts/{name}/{kind}_{label}.pth"] = {
+            **weights,
+            "temperature": torch.tensor([temperature], dtype=torch.float32),
+        }
+    return files
+
+
+def files_of_splits(
+    expert: ExpertLogits, name: str, index_space: str, source: str
+) -> dict[str, Any]:
+    """Indices by path; where they do not count as torchvision does, what they count and the
+    targets too, with a warning."""
+    folder = f"data/{name}_splits"
+    splits = {split: expert.splits[split] for split in ARGSE_SPLITS}
+    files: dict[str, Any] = {
+        f"{folder}/{split}_indices.json": of.indices.tolist() for split, of in splits.items()
+    }
+    if index_space == "torchvision":
+        return files
+    cifar = CIFARS.get(source)
+    log.warning(
+        "indices are %sin the order of the source %s...; targets and index_space.json are "
+        "written beside them",
+        f"not in torchvision's order of {cifar.title} but " if cifar else "",
+        shorten(index_space[:12]),
+    )
+    files[f"{folder}/index_space.json"] = {"index_space": index_space}
+    return files | {
+        f"{folder}/{split}_targets.json": of.targets.tolist() for split, of in splits.items()
+    }
 
 
 def _require_same_rows(out: Path, files: dict[str, Any]) -> None:
