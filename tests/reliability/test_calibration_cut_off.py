@@ -6,7 +6,7 @@ from reliability.harness import history, of_reference, training_runs
 
 from longtail_experts.cli import main
 from longtail_experts.stages import calibrate
-from longtail_experts.tracking import experts, model
+from longtail_experts.tracking import expert_report, model
 from longtail_experts.tracking.logits import read_logits
 from longtail_experts.tracking.runs import Run, RunError
 
@@ -14,11 +14,11 @@ from longtail_experts.tracking.runs import Run, RunError
 PARTS = {
     "final_calibrated.pt": (calibrate, "save_checkpoint"),
     "logits": (calibrate, "write_logits"),
-    "tables": (experts, "record_per_class"),
-    "figures": (experts, "record_figures"),
+    "tables": (expert_report, "record_per_class"),
+    "figures": (expert_report, "record_figures"),
     "model": (calibrate, "log_expert_model"),
     "half a model": (model, "_save_model"),
-    "report": (experts, "record_report"),
+    "report": (expert_report, "record_report"),
 }
 QUICK = {("half a model", "after"), ("report", "before")}  # most is recorded by then
 CASES = [

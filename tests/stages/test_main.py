@@ -363,7 +363,7 @@ def together(monkeypatch):
 def only_trains(monkeypatch):
     monkeypatch.setattr(main_stage, "load_trained", lambda *arguments: None)
     monkeypatch.setattr(main_stage, "calibrate_expert", lambda *arguments: None)
-    monkeypatch.setattr(main_stage.experts, "describe_parent", lambda *arguments: None)
+    monkeypatch.setattr(main_stage.expert_report, "describe_parent", lambda *arguments: None)
     monkeypatch.setattr(main_stage.compare, "into", lambda *arguments: None)
 
 

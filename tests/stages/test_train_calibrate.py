@@ -124,7 +124,7 @@ def test_a_training_resumed_after_its_calibration_keeps_its_page(store, briefly,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.experts, "describe_trained", ctrl_c)
+        patch.setattr(train.expert_report, "describe_trained", ctrl_c)
         assert main(["train", "--loss", "ce", *briefly]) == 130
     run_id = only_run().info.run_id
     assert main(["calibrate", "--run_id", run_id]) == 0

@@ -19,7 +19,7 @@ from longtail_experts.cli import main
 from longtail_experts.config import Config, load_config, make_config
 from longtail_experts.data.longtail import class_groups
 from longtail_experts.stages.inputs import for_one_expert
-from longtail_experts.tracking import experts, sweeps
+from longtail_experts.tracking import expert_report, experts, sweeps
 from longtail_experts.tracking.identity import code_sha256
 from longtail_experts.tracking.report import calibration_markdown
 
@@ -42,7 +42,7 @@ RECORDED = {
 
 def test_every_column_of_the_table_of_classes(monkeypatch):
     written = {}
-    monkeypatch.setattr(experts.figures, "per_class_accuracy", lambda *_: None)
+    monkeypatch.setattr(expert_report.figures, "per_class_accuracy", lambda *_: None)
     run = SimpleNamespace(write_json=written.__setitem__, artifact=nullcontext)
     groups = {name: torch.from_numpy(mask) for name, mask in class_groups((30, 3)).items()}
     data = SimpleNamespace(
@@ -56,7 +56,7 @@ def test_every_column_of_the_table_of_classes(monkeypatch):
         split: (torch.tensor([k / 4, math.nan]), torch.tensor([k, 0]))
         for k, split in enumerate(("val_lt", "test_lt", "test_balanced"), 1)
     }
-    experts.record_per_class(run, data, recalls)
+    expert_report.record_per_class(run, data, recalls)
     ant, bee = ([*row.values()] for row in written["tables/per_class.json"])
     assert ant == [0, "ant", 4, 30, "head", "medium", 0.25, 0.5, 0.75, 1, 2, 3]
     assert bee == [1, "bee", 2, 3, "tail", "few", None, None, None, 0, 0, 0]
@@ -82,21 +82,21 @@ def test_overall_is_over_images_and_adjusted_is_a_mean_over_classes():
         groups={}, num_classes=2, split_names=("test_lt",), targets={"test_lt": targets}.get
     )
     metrics = {"test_lt/adjusted_accuracy": 0.9, "test_lt/adjusted_balanced_accuracy": 0.4}
-    table = experts.accuracy_table(metrics, data, {"test_lt": logits})
+    table = expert_report.accuracy_table(metrics, data, {"test_lt": logits})
     assert "| overall | 66.67 |" in table
     assert "| adjusted balanced | 40.00 |" in table
 
 
 def test_the_temperature_box_is_ticked_where_it_lowers_the_nll(monkeypatch):
-    monkeypatch.setattr(experts, "read_logits", lambda _: SimpleNamespace(splits={}))
-    monkeypatch.setattr(experts, "read_checkpoint", lambda *_: None)
+    monkeypatch.setattr(expert_report, "read_logits", lambda _: SimpleNamespace(splits={}))
+    monkeypatch.setattr(expert_report, "read_checkpoint", lambda *_: None)
     metrics = {"epoch": 1, "temperature": 2.0, "temperature_at_bound": 0.0}
     metrics |= {"test_balanced/nll": 1.0, "test_balanced/nll_uncalibrated": 2.0}
     run = SimpleNamespace(metrics=metrics, tags={}, history=lambda _: [(1, 0.1)])
     data = SimpleNamespace(split_names=("test_balanced",), size=lambda _: 0)
     for epochs, trained in ((2, True), (3, False)):
         config = make_config({"epochs": epochs, "protocol": "literature"})
-        first, second, *_ = experts.success_checklist(run, config, data, {})
+        first, second, *_ = expert_report.success_checklist(run, config, data, {})
         assert (first.passed, second.passed) == (trained, True)
         assert "NLL 1.0000 against 2.0000" in second.numbers
 
@@ -119,7 +119,7 @@ def test_the_table_of_the_schedule_has_a_line_a_step(tmp_path, monkeypatch):
 def test_the_line_to_repeat_an_expert_gives_its_config(name):
     config = Config().replace(warmup_steps=0).replace(**{name: OTHER[name]})
     config = for_one_expert(config, config.loss)
-    words = shlex.split(experts.repeat_command(config))
+    words = shlex.split(expert_report.repeat_command(config))
     given = dict(word.split("=", 1) for word in words if "=" in word)
     again = load_config(given.pop("config"), given)
     assert for_one_expert(again, again.loss) == config
@@ -132,10 +132,10 @@ def test_the_table_of_the_parent_is_of_test_balanced(monkeypatch):
         params={"splits_sha256": "5" * 64},
         run_id="x",
     )
-    monkeypatch.setattr(experts, "Run", lambda _: child)
+    monkeypatch.setattr(expert_report, "Run", lambda _: child)
     pages = []
     parent = SimpleNamespace(describe=pages.append, tags={}, experiment_id="1", run_id="p")
-    experts.describe_parent(parent, make_config({"loss": "all"}), {"ce": "x"}, {})
+    expert_report.describe_parent(parent, make_config({"loss": "all"}), {"ce": "x"}, {})
     cells = "10.00 | 20.00 | 30.00 | 40.00 | 50.00 | 60.00 | 70.00 | 80.00 | 2.000 |"
     assert f"[ce](#/experiments/1/runs/x) | {cells}" in pages[0]
     assert (

@@ -27,7 +27,7 @@ from longtail_experts.learning.metrics import mean_over, per_class_recall
 from longtail_experts.learning.resnet import ResNet32
 from longtail_experts.learning.step import predict_logits, recorded_passes
 from longtail_experts.stages.inputs import load_dataset, log_offset_of, resolve, selects
-from longtail_experts.tracking import experts
+from longtail_experts.tracking import expert_report, experts
 from longtail_experts.tracking.checkpoints import read_checkpoint, save_checkpoint
 from longtail_experts.tracking.logits import SplitLogits, is_calibrated, write_logits
 from longtail_experts.tracking.model import log_expert_model
@@ -123,8 +123,8 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
     write_logits(run_, as_exported(logits, data), constants)
     run_.replace_metrics(metrics, step)  # those of a calibration that was cut off
     run_.replace_metrics({"test_balanced/balanced_accuracy_last": of_last}, trained.last_step)
-    experts.record_per_class(run_, data, recalls(logits, data))
-    experts.record_figures(run_, data, logits, calibration.of_rows, log_offset, prior)
+    expert_report.record_per_class(run_, data, recalls(logits, data))
+    expert_report.record_figures(run_, data, logits, calibration.of_rows, log_offset, prior)
     log_expert_model(
         run_,
         trained.network,
@@ -134,7 +134,7 @@ def calibrate_expert(run_: Run, config: Config, data: Dataset, trained: Trained)
         prior=prior,
         step=step,
     )
-    experts.record_report(run_, data, logits)
+    expert_report.record_report(run_, data, logits)
     if config.register_as:
         register(run_, config.register_as)
 

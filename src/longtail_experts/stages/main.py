@@ -18,7 +18,7 @@ from longtail_experts.stages.calibrate import calibrate_expert, load_trained
 from longtail_experts.stages.checks import require_ready
 from longtail_experts.stages.inputs import build_network, for_one_expert, trains_at_once
 from longtail_experts.stages.train import train_expert
-from longtail_experts.tracking import experts
+from longtail_experts.tracking import expert_report, experts
 from longtail_experts.tracking.drawing import drawing_processes
 from longtail_experts.tracking.interrupts import delayed_signals, heed, stop_if_heeded
 from longtail_experts.tracking.logits import is_calibrated
@@ -110,7 +110,7 @@ def run_all(config: Config, data: Dataset, existing: Run | None = None) -> str:
             except Exception as error:  # the experts are finished all the same
                 log.error("compare failed: %s", error, exc_info=not isinstance(error, RunError))
                 failures["compare"] = first_line(error)
-        experts.describe_parent(parent, config, children, failures)
+        expert_report.describe_parent(parent, config, children, failures)
         if failures:
             named = "; ".join(f"{loss} failed: {reason}" for loss, reason in failures.items())
             raise ExpertsFailedError(f"loss=all: {named}")

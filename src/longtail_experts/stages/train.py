@@ -47,7 +47,7 @@ from longtail_experts.stages.inputs import (
     state_before_training,
     steps_an_epoch,
 )
-from longtail_experts.tracking import experts
+from longtail_experts.tracking import expert_report, experts
 from longtail_experts.tracking.checkpoints import restore_rng, rng_states, weights_of
 from longtail_experts.tracking.interrupts import delayed_signals, raise_for
 from longtail_experts.tracking.logits import is_calibrated
@@ -75,7 +75,7 @@ def _run(config: Config, data: Dataset, started: AbstractContextManager[Run]) ->
         if "training" not in run_.tags:
             train_expert(run_, config, data)
         if not is_calibrated(run_):
-            experts.describe_trained(run_, config, data)
+            expert_report.describe_trained(run_, config, data)
             print(f"next: {MLFLOW_RUN} -e calibrate -P run_id={run_.run_id}")
     return run_.run_id
 

@@ -10,7 +10,7 @@ from longtail_experts.data.dataset import Dataset
 from longtail_experts.learning.cost import Pace, TrainingMemory, Work
 from longtail_experts.learning.loss_behaviour import LossBehaviour
 from longtail_experts.learning.rules import Finding, blocking, megabytes
-from longtail_experts.tracking import experts, report
+from longtail_experts.tracking import expert_report, experts, report
 from longtail_experts.tracking.runs import Run
 
 NUM_LOSSES = len(LOSS_NAMES)
@@ -161,5 +161,5 @@ def data_section(config: Config, data: Dataset) -> str:
         f"{data.num_classes} classes from {config.source}, data_dir `{config.data_dir}`, "
         f"fingerprint `{images.fingerprint[:12]}`; pool {sum(data.splits.pool_counts):,} images, "
         f"splits `{data.splits.sha256[:12]}`, disjoint by index as checked.\n\n"
-        f"{experts.split_table(data)}"
+        f"{expert_report.split_table(data)}"
     )

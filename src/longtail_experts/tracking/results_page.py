@@ -13,7 +13,7 @@ from longtail_experts.config import MLFLOW_RUN, ConfigError, make_config, parse_
 from longtail_experts.tracking import report
 from longtail_experts.tracking.comparison import WHERE_TRAINED
 from longtail_experts.tracking.comparison_report import markdown, plain
-from longtail_experts.tracking.experts import repeat_command
+from longtail_experts.tracking.expert_report import repeat_command
 from longtail_experts.tracking.identity import shortened
 from longtail_experts.tracking.published import APPLIES_TO, PUBLISHED
 from longtail_experts.tracking.runs import Run, malformed
