@@ -106,8 +106,9 @@ def run(sweep: Sweep, points: Sequence[Point], address: str) -> str:
         if existing:
             stack.enter_context(experts.launched_resuming_run(existing))
             if not left and existing.status == "FINISHED":
-                else_ = "else " if any(job.config.register_as for job in jobs) else ""
-                print(f"run {existing.run_id} is this sweep, finished; nothing {else_}was changed")
+                registers = any(job.config.register_as for job in jobs)
+                changed = f"nothing {'else ' if registers else ''}was changed"
+                print(f"run {existing.run_id} is this sweep, finished; {changed}")
                 return existing.run_id
             print(f"going on with run {existing.run_id}, which is this sweep")
         if left and address == LOCAL:
