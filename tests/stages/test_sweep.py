@@ -369,10 +369,23 @@ def test_without_ray_one_line_says_what_to_install(tmp_path, monkeypatch, capfd)
 
 
 @needs_ray
-def test_an_address_where_nothing_answers(store, capfd, monkeypatch):
-    monkeypatch.setattr("ray.init", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("x")))
-    assert main(["sweep", "--sweep", "demo", "--address", "127.0.0.1:1"]) == 2
-    assert "address=127.0.0.1:1: no Ray cluster answers there" in capfd.readouterr().err
+@pytest.mark.parametrize("is_heard", [False, True])
+def test_an_address_where_no_cluster_answers(store, capfd, monkeypatch, is_heard):
+    def init(**_):
+        assert is_heard, "Ray is not asked, which would try for a quarter of an hour"
+        raise ConnectionError("no cluster")
+
+    monkeypatch.setattr("ray.init", init)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if is_heard:
+            other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        assert main(["sweep", "--sweep", "demo", "--address", address]) == 2
+    says = "no cluster" if is_heard else "Connection refused"
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: address={address}: no Ray cluster answers there (")
+    assert says in line
     assert not runs("sweep")
 
 

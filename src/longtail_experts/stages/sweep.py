@@ -52,6 +52,7 @@ LOCAL = "local"
 ATTEMPTS = 2  # at a trial that fails, or whose worker is lost
 SHARE_OF_A_GPU = 1 / 3  # a ResNet-32 leaves most of one idle
 PAGE_EVERY = 15.0  # seconds between two looks at what is running, and at the sweep's page
+LISTENS_WITHIN = 10  # seconds
 START_WITHIN = "180"  # seconds; Ray gives itself 30, which a busy machine does not keep
 STOPPING = 60.0  # seconds in which trials told to stop write their checkpoints
 OBJECT_STORE = 100 * 2**20  # bytes; configs and outcomes are all that is passed around
@@ -264,6 +265,7 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
     ours_alone = ignored_signals({HANG_UP}) if address == LOCAL else nullcontext()
     try:
         with ours_alone:
+            require_listener(address)
             ray.init(
                 address=address,
                 runtime_env={"env_vars": environment_of_workers(threads)},
@@ -285,6 +287,14 @@ def cluster(address: str, threads: int) -> Iterator[Any]:
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, handler)
+
+
+def require_listener(address: str) -> None:
+    """OSError where nothing listens at an address of the form host:port; Ray would try for a
+    quarter of an hour."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENS_WITHIN).close()
 
 
 def environment_of_workers(threads: int) -> dict[str, str]:
