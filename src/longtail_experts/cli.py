@@ -481,6 +481,8 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
 def _out(given: dict[str, str]) -> Path:
     if not given["out"].strip():
         raise ConfigError("out='': give a path to write to")
+    if given["out"] != given["out"].encode(errors="replace").decode():
+        raise ConfigError(f"out={shorten(given['out'])}: must be UTF-8 text")
     return Path(os.path.expanduser(given["out"]))
 
 
@@ -514,6 +516,8 @@ def _comparison(given: dict[str, str]) -> tuple[list[Any], str, bool]:
         name, equals, value = pair.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"tags={shorten(given['tags'])!r}: give name=value,name=value")
+        if name.strip() in tags:
+            raise ConfigError(f"tags={shorten(given['tags'])!r}: {name.strip()} is given twice")
         tags[name.strip()] = value.strip()
     run_ids = _ids(given["run_ids"]) if "run_ids" in given else []
     filters = [name for name in ("experiment", "tags", "last") if name in given]

@@ -530,6 +530,19 @@ def test_largest_class_of_a_folder_is_counted(colour_folder):
     assert folder_images(colour_folder).largest_class == 4
 
 
+def test_what_systems_hide_in_folders_is_passed_over(colour_folder):
+    before = folder_images(colour_folder)
+    (colour_folder / "train" / ".ipynb_checkpoints").mkdir()
+    (colour_folder / "train" / "ant" / "._a.png").write_bytes(b"no image")
+    assert folder_images(colour_folder).fingerprint == before.fingerprint
+
+
+def test_a_link_to_nothing_is_no_smaller_class(colour_folder):
+    (colour_folder / "train" / "ant" / "z.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"train/ant/z\.png: a link to nothing"):
+        folder_images(colour_folder)
+
+
 def test_folder_is_cached(colour_folder, no_decoding):
     first = folder_images(colour_folder)
     no_decoding()

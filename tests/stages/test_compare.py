@@ -184,6 +184,15 @@ def ids_compared() -> set[str]:
     return {row["run_id"] for row in csv.DictReader(io.StringIO(table))}
 
 
+def test_a_run_of_somebody_elses_is_no_expert_whatever_its_tags(experts_copy):
+    import mlflow
+
+    with mlflow.start_run():
+        mlflow.set_tag("calibrated", "true")
+    found = comparison.chosen_runs([], "", {}, None)
+    assert {run.run_id for run in found} == {experts_copy[loss] for loss in LOSSES}
+
+
 def test_filters_by_tag_and_number(experts_copy):
     assert main(["compare", "--tags", "expert=ce"]) == 0
     assert ids_compared() == {experts_copy["ce"]}
@@ -293,6 +302,7 @@ def all_runs() -> list:
         (["--run_ids", "CE", "--last", "2"], "run_ids together with last"),
         (["--last", "0"], "last='0': give a number"),
         (["--tags", "expert"], "tags='expert': give name=value"),
+        (["--tags", "expert=ce,expert=focal"], "expert is given twice"),
         (["--tags", "expert=none_such"], "no calibrated expert is in the experiment with these"),
         (["--deployment", "train"], "deployment='train': give one of uniform, test_lt"),
         (["--different_splits", "yes"], "different_splits='yes': give true or false"),

@@ -317,6 +317,8 @@ def test_trials_that_were_finished_before_the_sweep_count(short, store):
         (["--sweeps", ",", "--out", "a.md"], "sweeps=',': give run ids"),
         (["--sweeps", "ID"], "--out"),
         (["--sweeps", "BROKEN", "--out", "a.md"], "trials.json is malformed"),
+        (["--sweeps", "ID", "--out", "caf\udce9.md"], "out=caf?.md: must be UTF-8 text"),
+        (["--sweeps", "ID", "--out", "notes"], "give the name of a Markdown file"),
     ],
 )
 def test_what_cannot_be_written_is_said_in_one_line(store, capsys, arguments, says):
@@ -362,3 +364,12 @@ def test_an_artifact_that_is_damaged_is_named_in_one_line(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: run {run_id}: {artifact}")
     assert not Path("a.md").exists()
+
+
+def test_a_page_of_its_own_is_replaced_and_no_other(short, store, capsys):
+    Path("notes.md").write_text("# by hand")
+    assert main(["results", "--sweeps", short, "--out", "notes.md"]) == 2
+    assert "out=notes.md: is there, and no page of `results`" in capsys.readouterr().err
+    assert Path("notes.md").read_text() == "# by hand"
+    for _ in range(2):
+        assert main(["results", "--sweeps", short, "--out", "page.md"]) == 0

@@ -69,6 +69,7 @@ def test_trials_are_the_product_of_the_grid(tmp_path):
     [
         ({"loss": ["focal", "ldam_drw"], "gamma": [1, 2], "beta": [0.9, 0.99]}, 4),
         ({"imbalance_profile": ["natural", "exp"], "imbalance_factor": [10, 50, 100]}, 4),
+        ({"lr_schedule": ["cosine", "milestones"], "lr_decay": [0.1, 0.5]}, 3),
     ],
 )
 def test_what_a_training_does_not_look_at_trains_nothing_twice(tmp_path, grid, trials):

@@ -71,3 +71,10 @@ def test_the_training_loss_of_a_single_epoch_can_be_seen(epochs, tmp_path, monke
     (line,) = drawn[0].axes[1].lines
     assert list(zip(*line.get_data(), strict=True)) == losses
     assert (line.get_marker() == "o") == (epochs == 1)
+
+
+@pytest.mark.parametrize("title", ["tau $\\foo$ grid", "lr $10^{-$ try", "costs $5 and $6_"])
+def test_what_people_call_a_sweep_is_no_mathematics(tmp_path, drawn_figures, title):
+    panel = study_figures.Panel("", "head", [([0.1], {"noise": None})])
+    study_figures.intervals(["ce"], [panel], ["noise"], title, tmp_path / "intervals.png")
+    assert (tmp_path / "intervals.png").stat().st_size > 1000

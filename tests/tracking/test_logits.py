@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from longtail_experts import load_expert_logits
+from longtail_experts.cli import main
 from longtail_experts.tracking.runs import RunError
 
 
@@ -92,6 +93,56 @@ def test_a_malformed_manifest_is_refused(logits, change):
         load_expert_logits(run_id)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(prior=[0.0] * 5), "prior is not that of the images"),
+        (lambda m: m.update(prior=m["prior"][::-1]), "prior is not that of the images"),
+        (lambda m: m.update(tau=float("nan")), "tau=nan: must be finite"),
+        (lambda m: m.update(temperature=0), "temperature=0.0: must be positive"),
+    ],
+)
+def test_constants_that_make_no_sense_are_refused(logits, change, says):
+    run_id, folder = logits
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=rf"logits/manifest\.json: {says}"):
+        load_expert_logits(run_id)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m["splits"].pop("test_lt"), r"manifest\.json is malformed"),
+        (lambda m: m.update(splits={}), r"manifest\.json is malformed"),
+        (lambda m: m["splits"]["calib"]["class_counts"].reverse(), r"calib\.npz has other targets"),
+    ],
+)
+def test_splits_that_are_not_those_of_the_logits_are_refused(logits, change, says):
+    run_id, folder = logits
+    path = folder.parent / "splits/manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=says):
+        load_expert_logits(run_id)
+
+
+def test_a_folder_in_a_files_place_is_named(logits):
+    run_id, folder = logits
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(RunError, match=r"logits/manifest\.json (is no file|cannot be read)"):
+        load_expert_logits(run_id)
+
+
+def test_experts_can_be_told_apart(finished):
+    expert = load_expert_logits(finished["ce"])
+    assert expert == expert
+    assert len({expert, load_expert_logits(finished["ce"])}) == 2
+
+
 def test_wrong_content_is_refused_even_with_the_right_hash(logits):
     import hashlib
 
@@ -115,3 +166,10 @@ def test_a_temperature_that_is_none_is_refused(logits, temperature):
     (folder / "manifest.json").write_text(json.dumps({**manifest, "temperature": temperature}))
     with pytest.raises(RunError, match="must be positive"):
         load_expert_logits(run_id)
+
+
+def test_a_finished_run_whose_artifacts_are_gone_is_not_said_to_be_whole(logits, capfd):
+    run_id, folder = logits
+    (folder.parent / "config.yaml").unlink()
+    assert main(["main", "--resume", run_id]) == 2
+    assert f"error: run {run_id}: its artifacts are gone; start a new one" in capfd.readouterr().err

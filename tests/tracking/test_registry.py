@@ -89,6 +89,11 @@ def test_the_alias_goes_to_the_best_on_val_lt_and_stays_there(experts_copy, cham
     register(runs["ce"], "experts")
     assert capsys.readouterr().out == ""
     assert len(client.search_model_versions("name = 'experts'")) == 3
+    register(runs["ce"], "others")
+    register(runs["balanced_softmax"], "others")  # the difference told last is from its champion
+    splits = [load_expert_logits(experts_copy[e]).splits["val_lt"] for e in (ours, "ce")]
+    metrics = runs["balanced_softmax"].metrics
+    assert metrics["champion/difference"] == pytest.approx(paired_difference(*splits)[0])
 
 
 def test_a_store_that_fails_in_between_hands_the_alias_to_nobody(

@@ -352,10 +352,15 @@ def _names_in_schema(cifar: Cifar, metadata: dict[bytes, bytes] | None) -> tuple
 # --- a folder of images -----------------------------------------------------------------------
 
 
+def _shown(folder: Path) -> Iterator[Path]:
+    """What it holds, but for what systems and editors hide there."""
+    return (path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def folder_images(folder: Path) -> ImageData:
     """train/<class>/* and test/<class>/*, classes in alphabetical order of their folders."""
     classes = {
-        half: sorted(p.name for p in (folder / half).iterdir() if p.is_dir())
+        half: sorted(p.name for p in _shown(folder / half) if p.is_dir())
         if (folder / half).is_dir()
         else []
         for half in ("train", "test")
@@ -376,10 +381,13 @@ def folder_images(folder: Path) -> ImageData:
     left_out = []
     for half, found in files.items():
         for c, name in enumerate(names):
-            for path in sorted((folder / half / name).iterdir()):
+            for path in sorted(_shown(folder / half / name)):
+                if not path.exists():
+                    where = path.relative_to(folder).as_posix()
+                    raise DataError(f"data_dir={folder}: {where}: a link to nothing")
                 if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
                     found.append((path, c))
-                elif not path.name.startswith("."):
+                else:
                     left_out.append(path)
     if left_out:
         log.warning(

@@ -20,6 +20,7 @@ from longtail_experts.data.sources import CIFARS, DataError, ImageData
 POOL_SPLITS = ("train", "tuneV", "val_small", "calib")  # indices into the training images
 TEST_SPLITS = ("val_lt", "test_lt", "test_balanced")  # indices into the test images
 SPLITS = POOL_SPLITS + TEST_SPLITS
+LITERATURE_SPLITS = ("train", "test_balanced")
 POOL_PERCENT = (80, 8, 6, 6)
 VAL_LT_PERCENT = 20
 # Images of the largest test class over those of the smallest, up to which the uniform prior is

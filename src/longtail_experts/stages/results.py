@@ -51,6 +51,12 @@ def run(sweep_ids: Sequence[str], out: Path) -> None:
 def require_usable(out: Path) -> None:
     if out.suffix != ".md" or out.is_dir():
         raise RunError(f"out={shorten(out)}: give the name of a Markdown file, as docs/results.md")
+    try:
+        is_ours = not out.exists() or results_page.MARK in out.read_text(errors="replace")
+    except OSError as error:
+        raise cannot_write(out, error) from None
+    if not is_ours:
+        raise RunError(f"out={shorten(out)}: is there, and no page of `results`; give another name")
 
 
 def cannot_write(out: Path, error: OSError) -> RunError:

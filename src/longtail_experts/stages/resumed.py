@@ -68,27 +68,26 @@ def open_begun(run_id: str, given: dict[str, str], recipe: Config | None) -> Beg
     source, what = open_run(run_id, "resume"), f"{field}={run_id}"
     launcher = experts.launched_resuming_run(source)
     require_training(source)
-    recorded = None
     is_finished = source.status == "FINISHED" and is_done(source)
     if not is_finished:
         require_not_running(source)
-    if source.has_artifact("config.yaml"):
-        recorded = experts.recorded_config(source)
-        # A run decides these itself, where nothing is said; loss=all, which takes no expert_seed,
-        # is to be held against the run's loss.
-        asked = (recipe or recorded.replace(**{"expert_seed": None} | given)).as_text()
-        decides_itself = {"expert_seed": "none", "precision": "auto"}
-        left_open = {name for name, value in decides_itself.items() if asked[name] == value}
-        if given.get("loss", "ce") == "ce":  # what `mlflow run` passes where nothing was said
-            left_open.add("loss")
-        require_same_fields(recorded.as_text(), asked, what, {*MAY_CHANGE_ON_RESUME, *left_open})
-        require_registrable(source, recorded, given.get("register_as", "none"))
-    elif not is_finished:
-        raise RunError(f"run {run_id}: was cut off before it began to train; start a new one")
+    if not source.has_artifact("config.yaml"):
+        lacks = "its artifacts are gone" if is_finished else "was cut off before it began to train"
+        raise RunError(f"run {run_id}: {lacks}; start a new one")
+    recorded = experts.recorded_config(source)
+    # A run decides these itself, where nothing is said; loss=all, which takes no expert_seed, is
+    # to be held against the run's loss.
+    asked = (recipe or recorded.replace(**{"expert_seed": None} | given)).as_text()
+    decides_itself = {"expert_seed": "none", "precision": "auto"}
+    left_open = {name for name, value in decides_itself.items() if asked[name] == value}
+    if given.get("loss", "ce") == "ce":  # what `mlflow run` passes where nothing was said
+        left_open.add("loss")
+    require_same_fields(recorded.as_text(), asked, what, {*MAY_CHANGE_ON_RESUME, *left_open})
+    require_registrable(source, recorded, given.get("register_as", "none"))
     changes = {name: given[name] for name in MAY_CHANGE_ON_RESUME if name in given}
     if is_finished:
         with launcher:
-            name = recorded.replace(**changes).register_as if recorded else None
+            name = recorded.replace(**changes).register_as
             if name:  # asked for by now, or what was cut off at the very end
                 register_finished(source, name)
             print(f"run {run_id} is finished already; nothing {'else ' if name else ''}was changed")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longtail_experts.config import MLFLOW_RUN, Config, to_text
 from longtail_experts.data.longtail import class_groups
+from longtail_experts.data.splits import POOL_SPLITS
 from longtail_experts.learning.calibration import deployment_scores, of_the_other_half
 from longtail_experts.learning.ensembles import ENSEMBLES, disagreement, error_overlap
 from longtail_experts.learning.evaluation import (
@@ -130,7 +131,8 @@ def chosen_runs(
     found = [
         run
         for run in in_experiment
-        if all(run.data.tags.get(name) == value for name, value in asked.items())
+        if "expert" in run.data.tags
+        and all(run.data.tags.get(name) == value for name, value in asked.items())
     ]
     if last is not None:
         found = found[:last]
@@ -166,7 +168,8 @@ def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
             raise
         found = None
     if found is None:
-        known = ", ".join(e.name for e in client.search_experiments(max_results=10))
+        names = [e.name for e in client.search_experiments(max_results=11)]
+        known = ", ".join([*names[:10], *["..."] * (len(names) > 10)])
         raise RunError(f"{said}: not in the store; there are: {known}")
     require_not_deleted(found, f"{said}:")
     return found.experiment_id
@@ -192,6 +195,9 @@ def read_members(runs: Sequence[Run]) -> list[Member]:
             manifest = run.read_json("splits/manifest.json")
             pool_counts = tuple(int(n) for n in manifest["pool_counts"])
             num_train = int(manifest["splits"]["train"]["size"])
+            of_pool = [of for name, of in manifest["splits"].items() if name in POOL_SPLITS]
+            if np.sum([of["class_counts"] for of in of_pool], axis=0).tolist() != [*pool_counts]:
+                raise ValueError("pool_counts are not those of its splits")
         rates = [rate for _, rate in run.history("train/images_per_second")]
         members.append(
             Member(

@@ -14,7 +14,7 @@ import numpy as np
 from longtail_experts.config import MLFLOW_RUN
 from longtail_experts.data.archives import read_npz
 from longtail_experts.data.sources import first_line
-from longtail_experts.data.splits import SPLITS
+from longtail_experts.data.splits import LITERATURE_SPLITS, SPLITS
 from longtail_experts.tracking.runs import Run, RunError, malformed, open_run
 
 # What a file that is no npz can raise; RuntimeError and NotImplementedError: an encrypted zip,
@@ -22,7 +22,7 @@ from longtail_experts.tracking.runs import Run, RunError, malformed, open_run
 UNREADABLE = (KeyError, ValueError, OSError, EOFError, NotImplementedError, RuntimeError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth
 class SplitLogits:
     """Row i of logits and targets belongs to image indices[i] of the split's half."""
 
@@ -31,7 +31,7 @@ class SplitLogits:
     indices: np.ndarray  # int64 [N]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth
 class ExpertLogits:
     """What an ensemble or a rejector built on top needs of one expert.
 
@@ -110,6 +110,11 @@ def read_logits(run: Run) -> ExpertLogits:
     with malformed(f"run {run.run_id}: splits/manifest.json"):
         about = run.read_json("splits/manifest.json")
         names = tuple(map(str, about["class_names"]))
+        is_literature = about.get("protocol") == "literature"
+        counts = {
+            name: np.array(about["splits"][name]["class_counts"])
+            for name in (LITERATURE_SPLITS if is_literature else SPLITS)
+        }
     with malformed(what):
         manifest = run.read_json("logits/manifest.json")
         constants = {
@@ -118,15 +123,22 @@ def read_logits(run: Run) -> ExpertLogits:
             "log_offset": _vector(manifest["log_offset"], len(names)),
             "prior": _vector(manifest["prior"], len(names)),
         }
-        files = {name: manifest["files"][name] for name in SPLITS if name in about["splits"]}
+        files = {name: manifest["files"][name] for name in counts}
         expected = {name: (str(file["sha256"]), int(file["rows"])) for name, file in files.items()}
     if not 0 < constants["temperature"] < math.inf:
         raise RunError(f"{what}: temperature={constants['temperature']}: must be positive")
+    if not math.isfinite(constants["tau"]):
+        raise RunError(f"{what}: tau={constants['tau']}: must be finite")
+    if not np.allclose(constants["prior"], counts["train"] / counts["train"].sum(), atol=0):
+        raise RunError(f"{what}: prior is not that of the images in splits/manifest.json")
     splits = {}
     for name, (sha256, rows) in expected.items():
         with run.read_artifact(f"logits/{name}.npz") as path:
             where = f"run {run.run_id}: {name}"
             splits[name] = _read_split(path, sha256, (rows, len(names)), where)
+        found = np.bincount(splits[name].targets, minlength=len(names))
+        if not np.array_equal(found, counts[name]):
+            raise RunError(f"{where}.npz has other targets than splits/manifest.json counts")
     return ExpertLogits(run_id=run.run_id, splits=splits, class_names=names, **constants)
 
 

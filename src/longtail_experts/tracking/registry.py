@@ -75,7 +75,8 @@ def _register(run: Run, name: str) -> str | None:
     outcome, difference = challenge(run, name, version)
     if difference is not None:  # first: as champion it would have nothing to differ from
         names = ("champion/difference", "champion/difference_standard_error")
-        run.log_metrics(dict(zip(names, difference, strict=True)), int(run.metrics["best/step"]))
+        values = dict(zip(names, difference, strict=True))  # under another name it had others
+        run.replace_metrics(values, int(run.metrics["best/step"]))
     if outcome.is_champion:
         client.set_registered_model_alias(name, CHAMPION, version)
     is_champion = str(outcome.is_champion).lower()

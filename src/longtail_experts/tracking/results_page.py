@@ -33,6 +33,7 @@ from longtail_experts.tracking.study_report import (
 )
 from longtail_experts.tracking.sweeps import RECIPE_EPOCHS, full_epochs
 
+MARK = "<!-- Written by the command"  # by which a page of ours is known
 FULL_EPOCHS = {"experts": 256, "literature": 200}  # of the recipe of each protocol
 DATASETS = {"cifar100": "CIFAR-100-LT", "cifar10": "CIFAR-10-LT"}
 PROTOCOLS = {
@@ -174,7 +175,7 @@ def as_markdown(
 ) -> str:
     parts = [
         "# Results",
-        f"<!-- Written by the command below from the tracking store; not to be edited. -->\n\n"
+        f"{MARK} below from the tracking store; not to be edited. -->\n\n"
         f"Written from the tracking store, every figure as a run recorded it:\n\n"
         f"```sh\n{command}\n```",
     ]

@@ -323,6 +323,8 @@ class Run:
                 raise RunError(
                     f"run {self.run_id}: artifact {path} cannot be read ({first_line(error)})"
                 ) from None
+            if not os.path.isfile(local):
+                raise RunError(f"run {self.run_id}: artifact {path} is no file")
             yield Path(local)
 
     def read_text(self, path: str) -> str:
