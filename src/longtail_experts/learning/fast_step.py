@@ -31,7 +31,7 @@ CHECK_LR = 0.01  # small enough for any state to survive a step of the check
 
 # How far a replayed step may be from the plain one. Rounding alone gave up to 5e-7 and 0.02 in fp32
 # (two memory orders of one batch on a CPU), 7e-4 and 0.4 in bf16 (fused kernels beside plain ones;
-# 0.34 to 0.67 with 23 initial weights of ResNet-32 and what these kernels round, on a CPU).
+# 0.29 to 0.67 with the initial weights of 23 seeds and what these kernels round, on a CPU).
 # An update left out, taken twice or at another rate is 1 away.
 LOSS_APART = {"fp32": 1e-4, "bf16": 1e-2}  # relative; below 1 in nats: rounding moves logits
 APART = {"fp32": 0.05, "bf16": 0.7}  # of any tensor, by `how_far_apart`
