@@ -295,6 +295,13 @@ def editable(own_expert, three_experts, tmp_path, monkeypatch) -> tuple[str, Pat
     shutil.copytree(keep, artifacts)
 
 
+def change_json(path: Path, change: Callable[[Any], object]) -> None:
+    """What `change` returns, or has done to the content, is the file's new content."""
+    content = json.loads(path.read_text())
+    result = change(content)
+    path.write_text(json.dumps(content if result is None else result))
+
+
 @pytest.fixture
 def experts_copy(finished, tmp_path, monkeypatch) -> dict[str, str]:
     """The finished experts in a copy of their store, to which runs may be added."""

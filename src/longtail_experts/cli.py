@@ -20,6 +20,7 @@ from longtail_experts.config import (
     MLFLOW_RUN,
     Config,
     ConfigError,
+    expanded,
     load_config,
     nearest,
     shorten,
@@ -481,9 +482,10 @@ def _on_recorded_runs(entry_point: str, given: dict[str, str]) -> int:
 def _out(given: dict[str, str]) -> Path:
     if not given["out"].strip():
         raise ConfigError("out='': give a path to write to")
-    if given["out"] != given["out"].encode(errors="replace").decode():
-        raise ConfigError(f"out={shorten(given['out'])}: must be UTF-8 text")
-    return Path(os.path.expanduser(given["out"]))
+    try:
+        return Path(expanded(given["out"]))
+    except ValueError as error:
+        raise ConfigError(f"out={shorten(given['out'])}: {error}") from None
 
 
 def _swept(given: dict[str, str]) -> str | None:

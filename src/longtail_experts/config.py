@@ -200,9 +200,7 @@ class Config(BaseModel):
     def _utf8(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        if "\0" in value or value != value.encode(errors="replace").decode():
-            raise ValueError("must be UTF-8 text without null characters")
-        return os.path.expanduser(value)
+        return expanded(value)
 
     @field_validator("milestones", mode="before")
     @classmethod
@@ -293,6 +291,13 @@ class Config(BaseModel):
         values = self.model_dump()
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+
+
+def expanded(path: str) -> str:
+    """A path as it was given, `~` replaced; ValueError where it is no name of a file."""
+    if "\0" in path or path != path.encode(errors="replace").decode():
+        raise ValueError("must be UTF-8 text without null characters")
+    return os.path.expanduser(path)
 
 
 def to_text(value: Any) -> str:

@@ -7,7 +7,6 @@ functions raise ConfigError, DataError, RunError or CheckpointError; anything el
 import contextlib
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -23,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import change_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
@@ -235,12 +235,6 @@ def test_the_good_checkpoint_of_these_cases_is_read(tmp_path):
 
 
 # --- logits, manifests and the config of a run from elsewhere -----------------------------------
-
-
-def change_json(path: Path, change: Callable[[dict], object]) -> None:
-    content = json.loads(path.read_text())
-    result = change(content)
-    path.write_text(json.dumps(content if result is None else result))
 
 
 def npz_header(shape: str, dtype: str = "<f4") -> bytes:

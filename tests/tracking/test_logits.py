@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import change_json
 
 from longtail_experts import load_expert_logits
 from longtail_experts.cli import main
@@ -74,57 +75,33 @@ def test_a_missing_file_is_named(logits):
         load_expert_logits(run_id)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m.pop("temperature"),
-        lambda m: m["files"].pop("calib"),
-        lambda m: m.update(prior=m["prior"][:-1]),
-        lambda m: m.update(log_offset=["x"] * 5),
-        lambda m: m.update(files=[]),
-    ],
-)
-def test_a_malformed_manifest_is_refused(logits, change):
-    run_id, folder = logits
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(RunError, match=r"logits/manifest\.json is malformed"):
-        load_expert_logits(run_id)
+MALFORMED = r"manifest\.json is malformed"
+OTHER_PRIOR = r"logits/manifest\.json: prior is not that of the images"
+NOT_FINITE = r"logits/manifest\.json: tau=nan: must be finite"
+NOT_POSITIVE = r"logits/manifest\.json: temperature=0\.0: must be positive"
+OTHER_TARGETS = r"calib\.npz has other targets than splits/manifest\.json counts"
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("name", "change", "says"),
     [
-        (lambda m: m.update(prior=[0.0] * 5), "prior is not that of the images"),
-        (lambda m: m.update(prior=m["prior"][::-1]), "prior is not that of the images"),
-        (lambda m: m.update(tau=float("nan")), "tau=nan: must be finite"),
-        (lambda m: m.update(temperature=0), "temperature=0.0: must be positive"),
+        ("logits", lambda m: m.pop("temperature"), f"logits/{MALFORMED}"),
+        ("logits", lambda m: m["files"].pop("calib"), f"logits/{MALFORMED}"),
+        ("logits", lambda m: m.update(prior=m["prior"][:-1]), f"logits/{MALFORMED}"),
+        ("logits", lambda m: m.update(log_offset=["x"] * 5), f"logits/{MALFORMED}"),
+        ("logits", lambda m: m.update(files=[]), f"logits/{MALFORMED}"),
+        ("logits", lambda m: m.update(prior=[0.0] * 5), OTHER_PRIOR),
+        ("logits", lambda m: m.update(prior=m["prior"][::-1]), OTHER_PRIOR),
+        ("logits", lambda m: m.update(tau=float("nan")), NOT_FINITE),
+        ("logits", lambda m: m.update(temperature=0), NOT_POSITIVE),
+        ("splits", lambda m: m["splits"].pop("test_lt"), f"splits/{MALFORMED}"),
+        ("splits", lambda m: m.update(splits={}), f"splits/{MALFORMED}"),
+        ("splits", lambda m: m["splits"]["calib"]["class_counts"].reverse(), OTHER_TARGETS),
     ],
 )
-def test_constants_that_make_no_sense_are_refused(logits, change, says):
+def test_a_manifest_that_is_not_that_of_the_logits_is_refused(logits, name, change, says):
     run_id, folder = logits
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(RunError, match=rf"logits/manifest\.json: {says}"):
-        load_expert_logits(run_id)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda m: m["splits"].pop("test_lt"), r"manifest\.json is malformed"),
-        (lambda m: m.update(splits={}), r"manifest\.json is malformed"),
-        (lambda m: m["splits"]["calib"]["class_counts"].reverse(), r"calib\.npz has other targets"),
-    ],
-)
-def test_splits_that_are_not_those_of_the_logits_are_refused(logits, change, says):
-    run_id, folder = logits
-    path = folder.parent / "splits/manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
+    change_json(folder.parent / name / "manifest.json", lambda m: (change(m), m)[1])
     with pytest.raises(RunError, match=says):
         load_expert_logits(run_id)
 

@@ -382,13 +382,13 @@ def folder_images(folder: Path) -> ImageData:
     for half, found in files.items():
         for c, name in enumerate(names):
             for path in sorted(_shown(folder / half / name)):
-                if not path.exists():
-                    where = path.relative_to(folder).as_posix()
-                    raise DataError(f"data_dir={folder}: {where}: a link to nothing")
                 if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
                     found.append((path, c))
-                else:
+                elif path.exists():
                     left_out.append(path)
+                else:
+                    where = path.relative_to(folder).as_posix()
+                    raise DataError(f"data_dir={folder}: {where}: a link to nothing")
     if left_out:
         log.warning(
             "data_dir=%s: left out %d entries of class folders that are no image files by their "

@@ -120,7 +120,7 @@ def make_splits(
     pool = [order[:n] for order, n in zip(by_class, pool_counts, strict=True)]
     if protocol == "literature":
         everything = np.arange(len(images.test_labels))
-        indices = {"train": np.concatenate(pool), "test_balanced": everything}
+        indices = dict(zip(LITERATURE_SPLITS, (np.concatenate(pool), everything), strict=True))
     else:
         indices = split_pool(pool)
         indices |= split_test(images.test_labels, pool_counts, split_seed)

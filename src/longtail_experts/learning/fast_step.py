@@ -401,19 +401,23 @@ def _flat(batch: Batch) -> Iterator[Tensor]:
         yield from part if isinstance(part, tuple) else (part,)
 
 
-def _first_half_twice(batch: Batch) -> Batch:
-    """A batch of the same shapes in memory of its own, which the check then fills: what depends
-    on the values that were there at the recording does not pass it."""
+def _of_each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     return tuple(
-        _first_half_twice(part) if isinstance(part, tuple) else _half_twice(part) for part in batch
+        _of_each(part, change) if isinstance(part, tuple) else change(part) for part in batch
     )
 
 
-def _half_twice(values: Tensor) -> Tensor:
-    if values.dim() == 0 or len(values) < 2:
-        return values.clone()
-    half = (len(values) + 1) // 2
-    return torch.cat([values[:half], values[: len(values) - half]])
+def _first_half_twice(batch: Batch) -> Batch:
+    """A batch of the same shapes in memory of its own, which the check then fills: what depends
+    on the values that were there at the recording does not pass it."""
+
+    def half_twice(values: Tensor) -> Tensor:
+        if values.dim() == 0 or len(values) < 2:
+            return values.clone()
+        half = (len(values) + 1) // 2
+        return torch.cat([values[:half], values[: len(values) - half]])
+
+    return _of_each(batch, half_twice)
 
 
 def _without_the_first_quarter(batch: Batch) -> Batch:
@@ -424,10 +428,7 @@ def _without_the_first_quarter(batch: Batch) -> Batch:
         quarter = len(values) // 4 if values.dim() else 0
         return torch.cat([values[quarter:], values[quarter : 2 * quarter]]) if quarter else values
 
-    return tuple(
-        _without_the_first_quarter(part) if isinstance(part, tuple) else without(part)
-        for part in batch
-    )
+    return _of_each(batch, without)
 
 
 def _fill(own: Batch, batch: Batch) -> None:

@@ -154,8 +154,7 @@ def points_of(sweep: Sweep) -> list[Point]:
 def without_unused(config: Config) -> Config:
     """The same training with fields at their defaults that it does not look at, so that a grid
     over tau trains ce once."""
-    unused = unused_fields(config.loss, config.imbalance_profile)
-    unused |= {"lr_decay"} if config.lr_schedule == "cosine" else set()
+    unused = unused_fields(config.loss, config.as_text())
     return config.replace(**{name: Config.model_fields[name].default for name in unused})
 
 

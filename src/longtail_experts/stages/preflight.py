@@ -48,9 +48,10 @@ def run(config: Config, data: Dataset) -> str:
         expert = for_one_expert(config, LOSS_NAMES[0] if config.loss == "all" else config.loss)
         model = build_network(expert, data)
         behaviour = loss_behaviour(data.class_counts("train"), data.groups["head"], config.tau)
+        batch_size = min(config.batch_size, data.size("train"))
         memory = training_memory(
             model,
-            batch_size=min(config.batch_size, data.size("train")),
+            batch_size=batch_size,
             num_images=data.size("train"),
             precision=config.precision,
             device=config.device,
@@ -77,8 +78,8 @@ def run(config: Config, data: Dataset) -> str:
             data,
             readiness.verdict(config, findings, pace, work, num_experts(config)),
             {
-                "Time": readiness.time_section(pace, work, config, data, path),
-                "Memory and disk": machine_section(memory, free, config, data, model),
+                "Time": readiness.time_section(pace, work, config, data, path, batch_size),
+                "Memory and disk": machine_section(memory, free, config, data, model, batch_size),
                 "Losses before any training": readiness.loss_section(behaviour, data),
                 "Learning rate by epoch": rates,
                 "Data": readiness.data_section(config, data),
@@ -137,7 +138,12 @@ def time_training(model: nn.Module, config: Config, data: Dataset) -> tuple[Pace
 
 
 def machine_section(
-    memory: TrainingMemory, free: int, config: Config, data: Dataset, model: nn.Module
+    memory: TrainingMemory,
+    free: int,
+    config: Config,
+    data: Dataset,
+    model: nn.Module,
+    batch_size: int,
 ) -> str:
     parameters = num_parameters(model)
     output = {
@@ -147,7 +153,7 @@ def machine_section(
             parameters, data.num_rows, data.num_classes, config.epochs
         ),
     }
-    return readiness.machine_section(memory, free, output, config, data)
+    return readiness.machine_section(memory, free, output, config, batch_size)
 
 
 def schedule_section(run_: Run, config: Config, data: Dataset) -> str:

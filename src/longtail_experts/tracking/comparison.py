@@ -55,6 +55,8 @@ WHERE_TRAINED = (
     "code_sha256",
 )
 NOT_A_DIFFERENCE = ("loss", "data_dir", "preflight", "register_as")
+# With this value of a field another is not looked at.
+IDLE = {("imbalance_profile", "natural"): "imbalance_factor", ("lr_schedule", "cosine"): "lr_decay"}
 KNOBS = tuple(dict.fromkeys(knob for knobs in KNOBS_OF.values() for knob in knobs))
 
 
@@ -387,10 +389,7 @@ def where_trained(tags: Mapping[str, str]) -> dict[str, str]:
 def differences(members: Sequence[Member]) -> dict[str, list[str]]:
     """Settings beside the loss that are not the same in all members: name -> value of each, "-"
     where a loss does not look at it."""
-    without = [
-        {*NOT_A_DIFFERENCE, *unused_fields(m.loss, m.facts.get("imbalance_profile", ""))}
-        for m in members
-    ]
+    without = [{*NOT_A_DIFFERENCE, *unused_fields(m.loss, m.facts)} for m in members]
     seen = [
         {n: v for n, v in m.facts.items() if n not in fields}
         for m, fields in zip(members, without, strict=True)
@@ -399,10 +398,12 @@ def differences(members: Sequence[Member]) -> dict[str, list[str]]:
     return that_differ(seen, names, usual=Config().as_text())
 
 
-def unused_fields(loss: str, imbalance_profile: str) -> set[str]:
+def unused_fields(loss: str, fields: Mapping[str, str]) -> set[str]:
     """Fields that a training does not look at: it is the same at any value of them."""
     unused = set(KNOBS) - set(KNOBS_OF.get(loss, KNOBS))  # an unknown loss may have any knob
-    return unused | ({"imbalance_factor"} if imbalance_profile == "natural" else set())
+    for (field, value), idle in IDLE.items():
+        unused |= {idle} if fields.get(field) == value else set()
+    return unused
 
 
 def that_differ(

@@ -33,6 +33,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "font.size": 10,
     "legend.frameon": False,
+    "text.parse_math": False,  # people name sweeps, and what stands between two $ is their own
 }
 
 

@@ -55,7 +55,10 @@ def cell(text: str) -> str:
     return text.replace("|", "/").replace("\n", " ")
 
 
-def time_section(pace: Pace | None, work: Work, config: Config, data: Dataset, path: str) -> str:
+def time_section(
+    pace: Pace | None, work: Work, config: Config, data: Dataset, path: str, batch_size: int
+) -> str:
+    """batch_size: images of a step that was measured."""
     if pace is None:
         return "Not measured: something blocking comes first."
     seconds = work.seconds(pace)
@@ -73,7 +76,6 @@ def time_section(pace: Pace | None, work: Work, config: Config, data: Dataset, p
     rows.append(
         ["in all", f"{sum(work):,}", duration(total), duration(NUM_LOSSES * total), "100 %"]
     )
-    batch_size = min(config.batch_size, data.size("train"))
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
     return (
         f"{report.table(('', 'images', 'one expert', 'three in turn', 'share'), rows)}\n\n"
@@ -97,9 +99,9 @@ def duration(seconds: float) -> str:
 
 
 def machine_section(
-    memory: TrainingMemory, free: int, output: Mapping[str, int], config: Config, data: Dataset
+    memory: TrainingMemory, free: int, output: Mapping[str, int], config: Config, batch_size: int
 ) -> str:
-    """output: bytes of one expert by what they are."""
+    """output: bytes of one expert by what they are; batch_size: images that memory is for."""
     needed = [[name, megabytes(value)] for name, value in memory._asdict().items()]
     needed.append(["in all", megabytes(memory.total)])
     written = [
@@ -107,10 +109,9 @@ def machine_section(
     ]
     return (
         f"{report.table((f'memory on {config.device}', 'needed'), needed)}\n\n"
-        f"{megabytes(free)} are free. Activations at batch "
-        f"{min(config.batch_size, data.size('train'))}, {config.precision}, measured on this "
-        "network as what the backward pass keeps; the libraries' workspace is taken as half of "
-        "that.\n\n"
+        f"{megabytes(free)} are free. Activations at batch {batch_size}, {config.precision}, "
+        "measured on this network as what the backward pass keeps; the libraries' workspace is "
+        "taken as half of that.\n\n"
         f"{report.table(('on disk', 'one expert', 'all three'), written)}"
     )
 

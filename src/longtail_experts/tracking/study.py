@@ -96,7 +96,7 @@ class Trial:
     @property
     def settings(self) -> dict[str, str]:
         """What decides it beside chance."""
-        unused = unused_fields(self.loss, self.fields["imbalance_profile"])
+        unused = unused_fields(self.loss, self.fields)
         without = {*CHANCE, *NOT_A_DIFFERENCE, *unused}
         return {name: value for name, value in self.fields.items() if name not in without}
 

@@ -57,7 +57,7 @@ def intervals(
         ax.grid(visible=False, axis="y")
         if panel.is_difference:
             ax.axvline(0, color=BEFORE, lw=1, ls="--", zorder=0)
-    figure.suptitle(title.replace("$", r"\$"))  # no mathematics: people name sweeps
+    figure.suptitle(title)
     says = [f"thick: 95 % interval, {kinds[0]}", *(f"thin with caps: {k}" for k in kinds[1:])]
     figure.supxlabel("; ".join([*says, "faint: single trainings"]), fontsize=9, color="#555555")
     save(figure, path)
